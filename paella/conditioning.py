@@ -1,0 +1,151 @@
+"""Text conditioning: prompts → the states that the U-Net attends to, and CLIP embeddings.
+
+The encoders are the ecosystem's: a T5-family encoder with its own tokenizer through transformers (the published model:
+ByT5-XL) and a CLIP text tower through open_clip (the published model: ViT-H-14). Both load by hub name or from a directory.
+B prompts, S states, D width of the encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, ByT5Tokenizer, T5Config, T5EncoderModel
+
+from paella.config import TextConfig
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """Padded ids (B,S) int64, mask (B,S) True where a token counts, and which prompts were cut to the maximum."""
+
+    ids: Tensor
+    mask: Tensor
+    truncated: tuple[bool, ...]
+
+
+class TextEncoders(nn.Module):
+    """The text encoders of one model: a T5-family encoder and, by config, a CLIP text tower."""
+
+    def __init__(self, config: TextConfig, byt5: T5EncoderModel, tokenizer, clip: nn.Module | None = None, clip_tokenizer=None):
+        super().__init__()
+        self.config = config
+        self.byt5 = byt5
+        self.tokenizer = tokenizer
+        self.clip = clip
+        self.clip_tokenizer = clip_tokenizer
+
+    @classmethod
+    def create(cls, config: TextConfig) -> TextEncoders:
+        """A new, untrained ByT5 of the size that `config.new_byt5` gives."""
+        if config.new_byt5 is None:
+            raise ValueError("text.new_byt5 is not set: this preset names an encoder to load, not one to make")
+        size = config.new_byt5
+        t5 = T5Config(
+            vocab_size=384,  # 256 bytes, special tokens, padding to a multiple of 128, as in ByT5
+            d_model=size.d_model,
+            d_kv=size.d_model // size.num_heads,
+            d_ff=size.d_ff,
+            num_layers=size.num_layers,
+            num_heads=size.num_heads,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+        )
+        return cls(config, T5EncoderModel(t5), ByT5Tokenizer())
+
+    @classmethod
+    def load(cls, config: TextConfig, root: str | Path = ".") -> TextEncoders:
+        """Load by hub name, or from the directory `root / name` where there is one.
+
+        Raises ValueError naming the encoder that cannot be loaded.
+        """
+        name = _resolve(config.byt5, root)
+        try:
+            byt5, tokenizer = (
+                T5EncoderModel.from_pretrained(name, use_safetensors=True),
+                AutoTokenizer.from_pretrained(name),
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(f"the text encoder {config.byt5!r} cannot be loaded: {_first_line(error)}") from error
+        clip, clip_tokenizer = load_clip(config.clip, root) if config.clip else (None, None)
+        return cls(config, byt5.eval(), tokenizer, clip, clip_tokenizer)
+
+    def save(self, directory: Path) -> None:
+        """Write the T5 encoder and tokenizer in transformers' format."""
+        self.byt5.save_pretrained(directory / "byt5")
+        self.tokenizer.save_pretrained(directory / "byt5")
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def tokenize(self, prompts: Sequence[str]) -> Tokenized:
+        """Bytes (or word pieces) of prompts, padded to the longest."""
+        longest = self.config.max_length
+        batch = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        cut = tuple(len(prompt.encode()) >= longest for prompt in prompts)
+        return Tokenized(batch["input_ids"], batch["attention_mask"].bool(), cut)
+
+    def states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Encoder states (B,S,D); zero where padded."""
+        states = self.byt5(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        return states * mask[..., None]
+
+    def forward(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The U-Net's conditions of prompts: byt5 (B,S,D), byt5_mask (B,S) and, with CLIP, clip (B,D)."""
+        tokenized = self.tokenize(prompts)
+        ids, mask = tokenized.ids.to(self.device), tokenized.mask.to(self.device)
+        conditions = {"byt5": self.states(ids, mask), "byt5_mask": mask}
+        if (clip := self.clip_embeddings(prompts)) is not None:
+            conditions["clip"] = clip
+        return conditions
+
+    def clip_embeddings(self, prompts: Sequence[str]) -> Tensor | None:
+        """CLIP text embeddings (B,D) of prompts; None for a model without CLIP."""
+        if self.clip is None:
+            return None
+        return self.clip.encode_text(self.clip_tokenizer(list(prompts)).to(self.device))
+
+
+def unconditional(conditions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Conditions without a prompt, as published: zeros in place of states and embeddings, no image embedding."""
+    return {
+        name: value if name == "byt5_mask" else torch.zeros_like(value)
+        for name, value in conditions.items()
+        if name != "clip_image"
+    }
+
+
+def load_clip(name: str, root: str | Path = ".") -> tuple[nn.Module, object]:
+    """An open_clip model and its tokenizer.
+
+    Args:
+        name: "ARCHITECTURE/PRETRAINED" (ViT-H-14/laion2b_s32b_b79k) or a directory with open_clip_config.json.
+
+    Raises ValueError naming the model that cannot be loaded.
+    """
+    import open_clip  # 1 s of import, wanted only where a model names a CLIP
+
+    directory = Path(root) / name
+    try:
+        if directory.is_dir():
+            source, pretrained = f"local-dir:{directory}", None
+        else:
+            source, _, pretrained = name.partition("/")
+        model = open_clip.create_model(source, pretrained=pretrained or None, require_pretrained=True)
+        return model.eval(), open_clip.get_tokenizer(source)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"the CLIP model {name!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def _resolve(name: str, root: str | Path) -> str:
+    local = Path(root) / name
+    return str(local) if local.is_dir() else name
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,263 @@
+"""Configurations of the two networks and the named presets.
+
+The field names are the seed's constructor arguments, so a published `config.json` reads as it stands.
+Every config is frozen, checks itself in `__post_init__` and raises `ValueError` with the field, the value and
+what is allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Self
+
+
+def _require(ok: bool, field: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{field}={value!r} is not allowed: {allowed}")
+
+
+class _Config:
+    """to_dict/from_dict for the frozen dataclasses below."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Raises ValueError for a field this version does not know."""
+        fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        if unknown := sorted(set(values) - fields):
+            raise ValueError(f"{cls.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(fields))}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaellaConfig(_Config):
+    """The U-Net. The defaults are the published 1B model (`paella_v3.pt`)."""
+
+    c_in: int = 256
+    """Width of the token embedding."""
+    c_out: int = 256
+    """Width before the classifier over the codebook."""
+    num_labels: int = 8192
+    """Size of the VQGAN's codebook."""
+    c_r: int = 64
+    """Width of the noise-level embedding."""
+    patch_size: int = 2
+    """Tokens per side that are folded into one position of the first level."""
+    c_cond: int = 1024
+    """Width of the conditioning tokens."""
+    c_hidden: tuple[int, ...] = (640, 1280, 1280)
+    """Width of each level."""
+    nhead: tuple[int, ...] = (-1, 16, 16)
+    """Attention heads of each level; -1 where the level has no attention."""
+    blocks: tuple[int, ...] = (6, 16, 6)
+    """Repetitions of the level's block group, on the way down and again on the way up."""
+    level_config: tuple[str, ...] = ("CT", "CTA", "CTA")
+    """Block group of each level: C convolution, T noise level, A attention."""
+    clip_embd: int = 1024
+    """Width of the CLIP text and image embeddings."""
+    byt5_embd: int = 2560
+    """Width of the text encoder's states (ByT5-XL: 2560)."""
+    clip_seq_len: int = 4
+    """Conditioning tokens made of one CLIP embedding."""
+    kernel_size: int = 3
+    """Kernel of the depthwise convolutions."""
+    dropout: float = 0.1
+    """Dropout in the convolution and attention blocks."""
+    self_attn: bool = True
+    """Whether attention sees the image's own positions besides the conditioning tokens."""
+
+    def __post_init__(self) -> None:
+        for name in ("c_hidden", "nhead", "blocks", "level_config"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        levels = len(self.c_hidden)
+        for name in ("nhead", "blocks", "level_config"):
+            _require(
+                len(getattr(self, name)) == levels,
+                name,
+                getattr(self, name),
+                f"one value per level of c_hidden, {levels}",
+            )
+        for name in ("c_in", "c_out", "num_labels", "patch_size", "c_cond", "clip_embd", "byt5_embd", "clip_seq_len"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+        _require(self.c_r >= 4, "c_r", self.c_r, "an integer of at least 4")
+        _require(self.kernel_size % 2 == 1, "kernel_size", self.kernel_size, "an odd integer")
+        _require(0 <= self.dropout < 1, "dropout", self.dropout, "a number in [0, 1)")
+        for width, heads, group in zip(self.c_hidden, self.nhead, self.level_config, strict=True):
+            _require(bool(group) and set(group) <= set("CTA"), "level_config", group, "letters of C, T and A")
+            _require(
+                "A" not in group or (heads > 0 and width % heads == 0),
+                "nhead",
+                heads,
+                f"a divisor of the width {width}",
+            )
+
+    @property
+    def grid_multiple(self) -> int:
+        """Sides of a token grid must be multiples of this: 8 for the published model."""
+        return self.patch_size * 2 ** (len(self.c_hidden) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQConfig(_Config):
+    """The VQGAN. The defaults are the published f4 model (`vqgan_f4.pt`)."""
+
+    levels: int = 2
+    """Resolutions; one token covers 2**levels pixels a side."""
+    bottleneck_blocks: int = 12
+    """Residual blocks of the decoder's lowest resolution."""
+    c_hidden: int = 384
+    """Width of the lowest resolution; halved at each higher one."""
+    c_latent: int = 4
+    """Width of a code."""
+    codebook_size: int = 8192
+    """Number of codes."""
+    scale_factor: float = 0.3764
+    """Latents are divided by this on the way out of `encode` and multiplied on the way into `decode`."""
+
+    def __post_init__(self) -> None:
+        _require(self.levels >= 1, "levels", self.levels, "an integer of at least 1")
+        _require(self.bottleneck_blocks >= 1, "bottleneck_blocks", self.bottleneck_blocks, "an integer of at least 1")
+        _require(self.c_latent >= 1, "c_latent", self.c_latent, "an integer of at least 1")
+        _require(2 <= self.codebook_size <= 65536, "codebook_size", self.codebook_size, "2 to 65536 (tokens are uint16)")
+        _require(self.scale_factor > 0, "scale_factor", self.scale_factor, "a positive number")
+        divisor = 2 ** (self.levels - 1)
+        _require(
+            self.c_hidden >= divisor and self.c_hidden % divisor == 0,
+            "c_hidden",
+            self.c_hidden,
+            f"a multiple of {divisor}",
+        )
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per token and side: 4 for f4."""
+        return 2**self.levels
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewByT5(_Config):
+    """Size of a ByT5 encoder that is made and trained together with the U-Net."""
+
+    d_model: int = 128
+    """Width of the states; the U-Net's byt5_embd."""
+    d_ff: int = 256
+    """Width of the feed-forward layers."""
+    num_layers: int = 2
+    """Transformer layers."""
+    num_heads: int = 4
+    """Attention heads."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.num_heads >= 1 and self.d_model % self.num_heads == 0,
+            "num_heads",
+            self.num_heads,
+            "a divisor of d_model",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig(_Config):
+    """The text encoders of a model."""
+
+    byt5: str = "google/byt5-xl"
+    """Hub name or directory (relative to the bundle) of a T5-family encoder."""
+    clip: str | None = None
+    """open_clip "ARCHITECTURE/PRETRAINED" or directory of a CLIP model; none if the U-Net is used without."""
+    max_length: int = 512
+    """Text tokens (bytes for ByT5) kept of a prompt."""
+    new_byt5: NewByT5 | None = None
+    """Make an encoder of this size and train it with the U-Net, in place of loading `byt5`."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.new_byt5, dict):
+            object.__setattr__(self, "new_byt5", NewByT5.from_dict(self.new_byt5))
+        _require(self.max_length >= 1, "max_length", self.max_length, "an integer of at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(_Config):
+    """Everything that can generate: U-Net, VQGAN and text encoders."""
+
+    unet: PaellaConfig
+    vqgan: VQConfig
+    text: TextConfig
+    image_size: int = 256
+    """Side of the images in training, in pixels."""
+
+    def __post_init__(self) -> None:
+        for name, kind in (("unet", PaellaConfig), ("vqgan", VQConfig), ("text", TextConfig)):
+            if isinstance(value := getattr(self, name), dict):
+                object.__setattr__(self, name, kind.from_dict(value))
+        _require(
+            self.unet.num_labels == self.vqgan.codebook_size,
+            "unet.num_labels",
+            self.unet.num_labels,
+            f"the VQGAN's codebook_size, {self.vqgan.codebook_size}",
+        )
+        multiple = self.vqgan.downsampling * self.unet.grid_multiple
+        _require(
+            self.image_size >= multiple and self.image_size % multiple == 0,
+            "image_size",
+            self.image_size,
+            f"a multiple of {multiple}",
+        )
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """(H, W) of the token grid of an image; raises ValueError for a size the model cannot make."""
+        multiple = self.vqgan.downsampling * self.unet.grid_multiple
+        if width < multiple or height < multiple or width % multiple or height % multiple:
+            raise ValueError(f"size {width}x{height} is not allowed: width and height must be multiples of {multiple}")
+        return height // self.vqgan.downsampling, width // self.vqgan.downsampling
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "tiny": ModelConfig(
+        unet=PaellaConfig(
+            c_in=64,
+            c_out=64,
+            num_labels=512,
+            c_r=32,
+            patch_size=1,
+            c_cond=128,
+            c_hidden=(64, 128, 128),
+            nhead=(-1, 4, 4),
+            blocks=(1, 2, 1),
+            level_config=("CT", "CTA", "CTA"),
+            kernel_size=5,
+            clip_embd=64,
+            byt5_embd=128,
+            dropout=0.0,
+        ),
+        vqgan=VQConfig(bottleneck_blocks=2, c_hidden=64, c_latent=8, codebook_size=512),
+        text=TextConfig(byt5="encoders/byt5", max_length=128, new_byt5=NewByT5()),
+        image_size=64,
+    ),
+    "small": ModelConfig(
+        unet=PaellaConfig(
+            c_in=128,
+            c_out=128,
+            num_labels=1024,
+            c_cond=512,
+            c_hidden=(256, 512),
+            nhead=(-1, 8),
+            blocks=(3, 8),
+            level_config=("CT", "CTA"),
+            clip_embd=1024,
+            byt5_embd=1472,
+        ),
+        vqgan=VQConfig(bottleneck_blocks=4, c_hidden=192, codebook_size=1024),
+        text=TextConfig(byt5="google/byt5-small"),
+        image_size=128,
+    ),
+    "paella-1b": ModelConfig(
+        unet=PaellaConfig(),
+        vqgan=VQConfig(),
+        text=TextConfig(byt5="google/byt5-xl", clip="ViT-H-14/laion2b_s32b_b79k"),
+    ),
+}
+"""Named sizes: `tiny` for a CPU and tests, `small` for one GPU, `paella-1b` the published model."""

@@ -1,0 +1,136 @@
+"""What a training step needs: the trained module, its random numbers, loss and metrics, the learning-rate schedule.
+
+B batch of one worker, H W token grid, K codes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paella.conditioning import TextEncoders
+from paella.config import ModelConfig
+from paella.objective import add_noise, loss_weight
+from paella.unet import Paella
+
+NUM_BUCKETS = 4
+"""Noise levels are reported in quarters of [0, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-4
+    """Peak learning rate."""
+    warmup_steps: int = 10_000
+    """Steps of linear warm-up."""
+    final_lr_fraction: float = 1.0
+    """Cosine decay to this share of the peak at the last step; 1 keeps it constant."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the gradient's running mean and square."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient."""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"optim.lr={self.lr} is not allowed: above 0")
+        if not 0 <= self.final_lr_fraction <= 1:
+            raise ValueError(f"optim.final_lr_fraction={self.final_lr_fraction} is not allowed: 0 to 1")
+
+    def optimizer(self, parameters) -> torch.optim.AdamW:
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        return torch.optim.AdamW(trained, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=True)
+
+    def lr_at(self, step: int, num_steps: int) -> float:
+        warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        cosine = 0.5 * (1 + math.cos(math.pi * step / num_steps))
+        return self.lr * warmup * (self.final_lr_fraction + (1 - self.final_lr_fraction) * cosine)
+
+
+class TextToTokens(nn.Module):
+    """U-Net and text encoders as one module, so that they shard, train and average together."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config.unet
+        self.unet = Paella(config.unet)
+        # what no loss reaches must not be in the optimizer: its state would never come to be, and a resume would miss it
+        self.unet.clip_image_mapper.requires_grad_(False)
+        self.unet.clip_mapper.requires_grad_(config.text.clip is not None)
+        joint = config.text.new_byt5 is not None
+        self.text = TextEncoders.create(config.text) if joint else TextEncoders.load(config.text).requires_grad_(False)
+
+    def forward(self, tokens: Tensor, t: Tensor, ids: Tensor, mask: Tensor, keep: Tensor, clip: Tensor | None = None) -> Tensor:
+        """Logits (B,K,H,W); captions are replaced by zeros where keep (B,) is False."""
+        states = self.text.states(ids, mask) * keep[:, None, None]
+        clip = None if clip is None else clip * keep[:, None]
+        return self.unet(tokens, t, byt5=states, byt5_mask=mask, clip=clip)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of one step: t (B,), noised (B,H,W), weight (B,H,W), keep (B,) False where the caption is dropped."""
+
+    t: Tensor
+    noised: Tensor
+    weight: Tensor
+    keep: Tensor
+
+
+def draw_noise(tokens: Tensor, num_labels: int, seed: int, samples: Sequence[int], drop: float) -> Draws:
+    """Noise of each image from its own number in the run, so that it does not depend on the number of workers.
+
+    Args:
+        tokens: (B,H,W) clean tokens.
+        samples: for each image, step · global batch size + its place in the global batch.
+        drop: share of captions that are dropped, for classifier-free guidance.
+    """
+    shape = tuple(tokens.shape[1:])
+    rngs = [np.random.Generator(np.random.Philox(key=[seed, sample])) for sample in samples]
+    t, keep = torch.from_numpy(np.stack([rng.random(2, dtype=np.float32) for rng in rngs], axis=1))
+    uniform = torch.from_numpy(np.stack([rng.random(shape, dtype=np.float32) for rng in rngs]))
+    random_tokens = torch.from_numpy(np.stack([rng.integers(num_labels, size=shape) for rng in rngs]))
+    mask = (uniform <= t[:, None, None]).long()
+    noised, _ = add_noise(tokens, t, mask=mask, random_tokens=random_tokens)
+    return Draws(t, noised, loss_weight(t, mask), keep >= drop)
+
+
+def loss_and_metrics(logits: Tensor, tokens: Tensor, draws: Draws, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """The loss of a batch, and sums for its metrics.
+
+    Returns:
+        the mean loss, and (2 + 2·NUM_BUCKETS,) sums: accuracy, loss, then loss and number of images by noise level.
+    """
+    flat = logits.permute(0, 2, 3, 1).reshape(-1, logits.shape[1]).float()  # softmax is fast over the last axis
+    per_token = F.cross_entropy(flat, tokens.flatten(), label_smoothing=label_smoothing, reduction="none")
+    weighted = per_token.view_as(tokens) * draws.weight
+    per_image = weighted.sum((1, 2)) / draws.weight.sum((1, 2))  # (B,)
+    loss = per_image.mean()
+    with torch.no_grad():
+        accuracy = (flat.argmax(1) == tokens.flatten()).float().mean()
+        bucket = (draws.t * NUM_BUCKETS).long().clamp(max=NUM_BUCKETS - 1)
+        by_level = torch.zeros(NUM_BUCKETS).index_add_(0, bucket, per_image.cpu())
+        counts = torch.bincount(bucket, minlength=NUM_BUCKETS)
+        sums = torch.cat([torch.stack([accuracy, loss]).cpu(), by_level, counts])
+    return loss, sums
+
+
+def metrics_of(sums: Tensor, num_steps: int) -> dict[str, float]:
+    """Named means from the sums of `loss_and_metrics` over num_steps steps."""
+    accuracy, loss = (sums[:2] / num_steps).tolist()
+    metrics = {"loss": loss, "accuracy": accuracy}
+    by_level, counts = sums[2:].view(2, NUM_BUCKETS)
+    for index in range(NUM_BUCKETS):
+        if counts[index] > 0:
+            low, high = index / NUM_BUCKETS, (index + 1) / NUM_BUCKETS
+            metrics[f"loss_t_{low:.2f}_{high:.2f}"] = (by_level[index] / counts[index]).item()
+    return metrics

@@ -1,0 +1,178 @@
+"""The Paella U-Net: noisy tokens, a noise level and conditions in, logits over the codebook out.
+
+Parameter names, shapes and numbers equal the published v3 model's, so its checkpoint loads as it is.
+B batch, H W token grid, K codes, S conditioning tokens, D width of an input embedding.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paella.blocks import EPS, AttnBlock, LayerNorm2d, ResBlock, TimestepBlock
+from paella.config import PaellaConfig
+
+
+class Paella(nn.Module):
+    """U-Net over token grids.
+
+    Example:
+        >>> model = Paella(PRESETS["tiny"].unet)
+        >>> logits = model(tokens, t, byt5=states)  # (B,H,W) int, (B,), (B,S,D) → (B,K,H,W)
+    """
+
+    def __init__(self, config: PaellaConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self.byt5_mapper = nn.Linear(c.byt5_embd, c.c_cond)
+        self.clip_mapper = nn.Linear(c.clip_embd, c.c_cond * c.clip_seq_len)
+        self.clip_image_mapper = nn.Linear(c.clip_embd, c.c_cond * c.clip_seq_len)
+        self.in_mapper = nn.Sequential(
+            nn.Embedding(c.num_labels, c.c_in), nn.LayerNorm(c.c_in, elementwise_affine=False, eps=EPS)
+        )
+        self.embedding = nn.Sequential(
+            nn.PixelUnshuffle(c.patch_size), nn.Conv2d(c.c_in * c.patch_size**2, c.c_hidden[0], 1), LayerNorm2d()
+        )
+        levels = range(len(c.c_hidden))
+        self.down_blocks = nn.ModuleList(self._down_level(level) for level in levels)
+        self.up_blocks = nn.ModuleList(self._up_level(level) for level in reversed(levels))
+        self.clf = nn.Sequential(
+            LayerNorm2d(), nn.Conv2d(c.c_hidden[0], c.c_out * c.patch_size**2, 1), nn.PixelShuffle(c.patch_size)
+        )
+        self.out_mapper = nn.Sequential(LayerNorm2d(), nn.Conv2d(c.c_out, c.num_labels, 1, bias=False))
+        self._init_weights()
+
+    def _group(self, level: int, skip_width: int = 0) -> list[nn.Module]:
+        """One repetition of the level's blocks; only a convolution that leads the group takes the skip."""
+        c, width = self.config, self.config.c_hidden[level]
+        made: list[nn.Module] = []
+        for index, kind in enumerate(c.level_config[level]):
+            if kind == "C":
+                made.append(ResBlock(width, skip_width if index == 0 else 0, c.kernel_size, c.dropout))
+            elif kind == "T":
+                made.append(TimestepBlock(width, c.c_r))
+            else:
+                made.append(AttnBlock(width, c.c_cond, c.nhead[level], c.dropout, c.self_attn))
+        return made
+
+    def _down_level(self, level: int) -> nn.ModuleList:
+        widths = self.config.c_hidden
+        blocks = nn.ModuleList()
+        if level > 0:
+            blocks.append(nn.Sequential(LayerNorm2d(), nn.Conv2d(widths[level - 1], widths[level], 2, stride=2)))
+        for _ in range(self.config.blocks[level]):
+            blocks.extend(self._group(level))
+        return blocks
+
+    def _up_level(self, level: int) -> nn.ModuleList:
+        widths = self.config.c_hidden
+        lowest = level == len(widths) - 1
+        blocks = nn.ModuleList()
+        for repetition in range(self.config.blocks[level]):
+            blocks.extend(self._group(level, 0 if lowest or repetition > 0 else widths[level]))
+        if level > 0:
+            blocks.append(nn.Sequential(LayerNorm2d(), nn.ConvTranspose2d(widths[level], widths[level - 1], 2, stride=2)))
+        return blocks
+
+    def _init_weights(self) -> None:
+        """The published initialisation: blocks start close to the identity and the classifier at the embedding."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for mapper in (self.byt5_mapper, self.clip_mapper, self.clip_image_mapper):
+            nn.init.normal_(mapper.weight, std=0.02)
+        nn.init.xavier_uniform_(self.embedding[1].weight, 0.02)
+        # not published: a constant part of the input, as large as the tokens', lets zero padding mark the borders. Tokens at
+        # t = 1 have no mean, so that without it positions look alike until training has found such a constant
+        nn.init.normal_(self.embedding[1].bias, std=0.02)
+        nn.init.zeros_(self.clf[1].weight)
+        nn.init.normal_(self.in_mapper[0].weight, std=self.config.num_labels**-0.5)
+        with torch.no_grad():
+            self.out_mapper[1].weight.copy_(self.in_mapper[0].weight[:, : self.config.c_out, None, None])
+            for module in self.modules():
+                if isinstance(module, ResBlock):
+                    module.channelwise[4].weight.mul_(sum(self.config.blocks) ** -0.5)
+                elif isinstance(module, TimestepBlock):
+                    module.mapper.weight.zero_()
+
+    def embed_r(self, t: Tensor) -> Tensor:
+        """Sinusoidal embedding of the noise level: (B,) in [0, 1] → (B,c_r)."""
+        half = self.config.c_r // 2
+        scale = -math.log(10_000) / (half - 1)
+        frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * scale)
+        angles = t.float()[:, None] * 10_000 * frequencies  # (B,half)
+        return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, self.config.c_r % 2))
+
+    def embed_conditions(self, byt5: Tensor, clip: Tensor | None = None, clip_image: Tensor | None = None) -> Tensor:
+        """All conditions as one sequence: byt5 (B,S,D), clip (B,D), clip_image (B,D) or several as (B,M,D) → (B,S',c_cond)."""
+        sequence = [self.byt5_mapper(byt5)]
+        if clip is not None:
+            sequence.append(self.clip_mapper(clip).unflatten(1, (self.config.clip_seq_len, -1)))
+        if clip_image is not None:
+            images = clip_image[:, None] if clip_image.ndim == 2 else clip_image
+            groups = self.clip_image_mapper(images).unflatten(2, (self.config.clip_seq_len, -1))
+            sequence.append(groups.flatten(1, 2))
+        return F.layer_norm(torch.cat(sequence, dim=1), (self.config.c_cond,), eps=EPS)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        t: Tensor,
+        *,
+        byt5: Tensor,
+        clip: Tensor | None = None,
+        clip_image: Tensor | None = None,
+        byt5_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the clean tokens.
+
+        Args:
+            tokens: (B,H,W) integers below num_labels; H and W multiples of `config.grid_multiple`.
+            t: (B,) noise level in [0, 1], 1 = all noise.
+            byt5, clip, clip_image: see `embed_conditions`.
+            byt5_mask: (B,S) True where a text state counts; padding is kept out of attention.
+
+        Returns:
+            (B,K,H,W). Raises ValueError on a grid of the wrong shape.
+        """
+        multiple = self.config.grid_multiple
+        if tokens.ndim != 3 or tokens.shape[1] % multiple or tokens.shape[2] % multiple:
+            raise ValueError(
+                f"tokens have shape {tuple(tokens.shape)}, but (batch, height, width) with sides that are "
+                f"multiples of {multiple} are needed"
+            )
+        cond = self.embed_conditions(byt5, clip, clip_image)  # (B,S',c_cond)
+        mask = None
+        if byt5_mask is not None:
+            mask = F.pad(byt5_mask, (0, cond.shape[1] - byt5.shape[1]), value=True)  # (B,S')
+        r_embed = self.embed_r(t).to(cond.dtype)
+        x = self.embedding(self.in_mapper(tokens).permute(0, 3, 1, 2))  # (B,C0,H/p,W/p)
+        x = x.contiguous(memory_format=torch.channels_last)
+        skips: list[Tensor] = []
+        for level in self.down_blocks:
+            x = self._run(level, x, r_embed, cond, mask)
+            skips.append(x)
+        skips.pop()
+        for index, level in enumerate(self.up_blocks):
+            x = self._run(level, x, r_embed, cond, mask, skips.pop() if index > 0 else None)
+        return self.out_mapper(self.clf(x))  # (B,K,H,W)
+
+    @staticmethod
+    def _run(
+        level: nn.Module, x: Tensor, r_embed: Tensor, cond: Tensor, mask: Tensor | None, skip: Tensor | None = None
+    ) -> Tensor:
+        for block in level.children():
+            if isinstance(block, ResBlock):
+                x, skip = block(x, skip), None
+            elif isinstance(block, TimestepBlock):
+                x = block(x, r_embed)
+            elif isinstance(block, AttnBlock):
+                x = block(x, cond, mask)
+            else:
+                x = block(x)
+        return x

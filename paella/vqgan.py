@@ -1,0 +1,129 @@
+"""The VQGAN: images to token grids and back.
+
+Parameter names, shapes and numbers equal the published f4 model's. One token covers `config.downsampling` pixels a side.
+B batch, H W image sides, h w token grid (H / downsampling), D = c_latent, K codes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paella.blocks import EPS
+from paella.config import VQConfig
+
+
+class VQResBlock(nn.Module):
+    """Depthwise convolution and MLP, each behind a norm whose scale, shift and output gain are learned scalars."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Sequential(nn.ReplicationPad2d(1), nn.Conv2d(width, width, 3, groups=width))
+        self.channelwise = nn.Sequential(nn.Linear(width, width * 4), nn.GELU(), nn.Linear(width * 4, width))
+        self.gammas = nn.Parameter(torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale1, shift1, gain1, scale2, shift2, gain2 = self.gammas.unbind()
+        y = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=EPS) * (1 + scale1) + shift1  # (B,H,W,C)
+        x = x + self.depthwise(y.permute(0, 3, 1, 2)) * gain1
+        y = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=EPS) * (1 + scale2) + shift2
+        return x + self.channelwise(y).permute(0, 3, 1, 2) * gain2
+
+
+class Codebook(nn.Module):
+    """K code vectors of width D."""
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.codebook = nn.Embedding(size, width)
+        nn.init.uniform_(self.codebook.weight, -1 / size, 1 / size)
+
+    def nearest(self, latents: Tensor) -> Tensor:
+        """Index of the nearest code: (B,D,h,w) → (B,h,w) int64."""
+        codes = self.codebook.weight.detach().float()  # (K,D)
+        flat = latents.detach().permute(0, 2, 3, 1).reshape(-1, codes.shape[1]).float()
+        # |x−c|² = |x|² − 2x·c + |c|²: the first term is the same for all codes
+        bias = 0.5 * codes.square().sum(1)
+        chunks = [torch.addmm(bias, part, codes.T, alpha=-1).argmin(1) for part in flat.split(4096)]
+        return torch.cat(chunks).view(latents.shape[0], *latents.shape[2:])
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Codes of indices: (B,h,w) → (B,D,h,w)."""
+        return self.codebook(indices).permute(0, 3, 1, 2)
+
+
+class VQModel(nn.Module):
+    """Encoder, codebook and decoder.
+
+    Example:
+        >>> model = VQModel(PRESETS["tiny"].vqgan)
+        >>> indices = model.encode(images)            # (B,3,H,W) in [0,1] → (B,h,w)
+        >>> images = model.decode_indices(indices)    # (B,h,w) → (B,3,H,W)
+    """
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        widths = [c.c_hidden // 2**i for i in reversed(range(c.levels))]
+        self.in_block = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(3 * 4, widths[0], 1))
+        down: list[nn.Module] = []
+        for i, width in enumerate(widths):
+            if i > 0:
+                down.append(nn.Conv2d(widths[i - 1], width, 4, stride=2, padding=1))
+            down.append(VQResBlock(width))
+        # the batch norm keeps latents at unit scale, so that codes and latents cannot drift apart
+        down.append(nn.Sequential(nn.Conv2d(widths[-1], c.c_latent, 1, bias=False), nn.BatchNorm2d(c.c_latent)))
+        self.down_blocks = nn.Sequential(*down)
+        self.vquantizer = Codebook(c.codebook_size, c.c_latent)
+        up: list[nn.Module] = [nn.Sequential(nn.Conv2d(c.c_latent, widths[-1], 1))]
+        for i, width in reversed(list(enumerate(widths))):
+            up.extend(VQResBlock(width) for _ in range(c.bottleneck_blocks if i == c.levels - 1 else 1))
+            if i > 0:
+                up.append(nn.ConvTranspose2d(width, widths[i - 1], 4, stride=2, padding=1))
+        self.up_blocks = nn.Sequential(*up)
+        self.out_block = nn.Sequential(nn.Conv2d(widths[0], 3 * 4, 1), nn.PixelShuffle(2))
+
+    def encode_latents(self, images: Tensor) -> Tensor:
+        """Continuous latents before quantization, at the codebook's scale: (B,3,H,W) in [0,1] → (B,D,h,w).
+
+        Raises ValueError where a side is no multiple of `config.downsampling`.
+        """
+        factor = self.config.downsampling
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}, but (batch, 3, height, width) with sides that are "
+                f"multiples of {factor} are needed"
+            )
+        return self.down_blocks(self.in_block(images.contiguous(memory_format=torch.channels_last)))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Token grid of images: (B,3,H,W) in [0,1] → (B,h,w) int64."""
+        return self.vquantizer.nearest(self.encode_latents(images))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images of latents as published, divided by scale_factor: (B,D,h,w) → (B,3,H,W), about [0,1]."""
+        return self.decode_codes(latents * self.config.scale_factor)
+
+    def decode_indices(self, indices: Tensor) -> Tensor:
+        """Images of a token grid: (B,h,w) → (B,3,H,W), about [0,1]."""
+        return self.decode_codes(self.vquantizer(indices))
+
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        """Images of code vectors at the codebook's scale: (B,D,h,w) → (B,3,H,W)."""
+        codes = codes.contiguous(memory_format=torch.channels_last)
+        return self.out_block(self.up_blocks(codes)).contiguous()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One training pass.
+
+        Returns:
+            reconstruction (B,3,H,W), latents (B,D,h,w), indices (B,h,w), and the quantization loss: codes pulled to
+            latents plus 0.25 times latents pulled to codes. Gradients pass the quantizer straight through.
+        """
+        latents = self.encode_latents(images)
+        indices = self.vquantizer.nearest(latents)
+        codes = self.vquantizer(indices)
+        loss = F.mse_loss(codes, latents.detach()) + 0.25 * F.mse_loss(latents, codes.detach())
+        straight_through = latents + (codes - latents).detach()
+        return self.decode_codes(straight_through), latents, indices, loss

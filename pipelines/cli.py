@@ -1,0 +1,103 @@
+"""What all programs share: command lines from dataclasses, one-sentence errors with exit code 2, starting Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+import tyro
+
+C = TypeVar("C")
+ROOT = Path(__file__).resolve().parents[1]  # workers import this checkout wherever the program was started from
+
+WORKER_ENVIRONMENT = {
+    # glibc gives large blocks back to the system and takes them anew in every step; keeping them halves a step on a CPU
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**33),
+    "MALLOC_TOP_PAD_": str(2**26),
+    # a worker's print goes to the driver by Ray's logs already
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+}
+
+
+def main(program: Callable[[C], object], config: type[C] | Mapping[str, C], description: str) -> None:
+    """Run a program: a config class becomes flags, a mapping becomes presets to choose from (each with flags).
+
+    A ValueError or an output that cannot be written is the user's: one sentence on stderr, exit code 2.
+    """
+    if isinstance(config, Mapping):
+        presets = {name: (f"{name} preset", value) for name, value in config.items()}
+        values = tyro.extras.overridable_config_cli(presets, description=description)
+    else:
+        values = tyro.cli(config, description=description)
+    try:
+        program(values)
+    except (ValueError, FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def start_ray() -> None:
+    """Connect to the running cluster (`ray job submit`, RAY_ADDRESS) or start one on this machine."""
+    if ray.is_initialized():
+        return
+    environment = {"env_vars": WORKER_ENVIRONMENT | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")}}
+    in_cluster = "RAY_ADDRESS" in os.environ or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    ray.init(
+        address="auto" if in_cluster else "local",
+        num_cpus=None if in_cluster else max(2, os.cpu_count() or 2),
+        runtime_env=None if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else environment,
+        logging_level=logging.WARNING,
+    )
+
+
+def absolute(uri: str) -> str:
+    """A URI as it is, a local path made absolute: Ray's workers run in directories of their own."""
+    return uri if "://" in uri or uri.startswith("models:/") else str(Path(uri).absolute())
+
+
+def require_writable(path: str) -> Path:
+    """Create an output directory. Raises ValueError where that cannot be done."""
+    directory = Path(path)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"the output {path} cannot be written: {error.strerror}") from error
+    return directory
+
+
+def config_values(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def require_same_config(directory: Path, values: dict[str, Any]) -> None:
+    """Write config.json into a new output; raises ValueError with the difference where an existing one says otherwise."""
+    file = directory / "config.json"
+    if not file.exists():
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(values, indent=1) + "\n")
+        temporary.replace(file)
+        return
+    before, after = _flat(json.loads(file.read_text())), _flat(values)
+    differ = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
+    if differ:
+        changes = ", ".join(f"{key} {before.get(key)!r} → {after.get(key)!r}" for key in differ)
+        raise ValueError(f"{directory} was made with another config ({changes}); choose another --output")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat

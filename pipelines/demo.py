@@ -1,0 +1,123 @@
+"""The whole story on a CPU: captioned images → tokens → training → pictures, with the numbers that say how good they are.
+
+    make demo                        # a generated set of 64-pixel scenes, about 17 minutes on 2 cores
+    make demo DATA=my/photos         # your own images, each with a .txt caption beside it
+
+Every stage is one of the programs beside this file. A second run reuses what is finished, and a killed one continues.
+Results: runs/demo/index.html, contact_sheet.png, report.json and the model in runs/demo/train/model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines import (
+    cli,
+    generate,
+    img2dataset_layout,
+    report,
+    scenes,
+    tokenize_images,
+    train,
+    train_vqgan,
+)
+from pipelines.stages import Stages
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """What the demo does."""
+
+    output: str = "runs/demo"
+    """Directory of everything the demo makes."""
+    data: str | None = None
+    """Your own images with captions (folder, or img2dataset's shards); generated scenes if not given."""
+    num_images: int = 10_000
+    """Generated scenes."""
+    vqgan_steps: int = 1500
+    """Optimizer steps of the VQGAN."""
+    train_steps: int = 3000
+    """Optimizer steps of the U-Net."""
+    num_prompts: int = 256
+    """Pictures to generate at the end; the first 64 make the contact sheet."""
+
+
+EXPECTED_S = {"images": 15, "vqgan": 200, "tokens": 30, "train": 700, "pictures": 60, "report": 10}
+"""Seconds of each stage on 2 cores, for the estimate of the time left."""
+
+
+def run(config: DemoConfig) -> None:
+    """Run or continue the demo."""
+    root = cli.require_writable(config.output).absolute()
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{root.parent}/mlflow.db")
+    cli.require_same_config(root, cli.config_values(config))
+    stages = Stages(root / "stages.json", EXPECTED_S)
+    with stages.measured():
+        with stages("images", "captioned images"):
+            images = config.data or str(make_images(root, config.num_images))
+            prompts = write_prompts(root, config)
+        with stages("vqgan", "a VQGAN that turns an image into tokens"):
+            vqgan = train_vqgan.run(_vqgan_config(config, images, root))
+        with stages("tokens", "all images to tokens"):
+            tokens = root / "tokens"
+            tokenize_images.run(tokenize_images.TokenizeConfig(input=images, vqgan=str(vqgan), output=str(tokens), image_size=64))
+        with stages("train", "a U-Net that predicts tokens from noise and a caption"):
+            model = train.run(_train_config(config, tokens, vqgan, prompts, root))
+        with stages("pictures", f"{config.num_prompts} pictures"):
+            generate.run(
+                generate.GenerateConfig(
+                    model=str(model),
+                    prompts=str(prompts),
+                    output=str(root / "pictures"),
+                    sampling=train.presets()["tiny"].sampling,
+                )
+            )
+    with stages("report", "numbers and a page"):
+        report.write(root, model, prompts.read_text().splitlines(), stages, generated_scenes=config.data is None)
+    print(report.summary(root))
+
+
+def _vqgan_config(config: DemoConfig, images: str, root: Path) -> train_vqgan.TrainVQConfig:
+    tiny = train_vqgan.presets()["tiny"]
+    return dataclasses.replace(tiny, data=images, output=str(root / "vqgan"), steps=config.vqgan_steps)
+
+
+def _train_config(config: DemoConfig, tokens: Path, vqgan: Path, prompts: Path, root: Path) -> train.TrainConfig:
+    return dataclasses.replace(
+        train.presets()["tiny"],
+        data=str(tokens),
+        vqgan=str(vqgan),
+        output=str(root / "train"),
+        steps=config.train_steps,
+        sample_prompts=str(prompts),
+        register_as="paella-demo",
+    )
+
+
+def make_images(root: Path, num_images: int) -> Path:
+    """Training scenes as webdataset shards, and held-out ones as a folder to measure reconstruction on."""
+    img2dataset_layout.write_folder(root / "held-out", scenes.scenes(256, seed=1, held_out=True))
+    return img2dataset_layout.write_webdataset(root / "images", scenes.scenes(num_images, seed=0, held_out=False))
+
+
+def write_prompts(root: Path, config: DemoConfig) -> Path:
+    """Captions to generate: held-out combinations, or the first captions of the user's own images."""
+    if config.data is None:
+        captions = [scenes.caption(scene) for scene, _ in scenes.scenes(config.num_prompts, seed=2, held_out=True)]
+    else:
+        from pipelines.sources import captions as source_captions
+
+        captions = source_captions(config.data, config.num_prompts)
+    file = root / "prompts.txt"
+    file.write_text("\n".join(" ".join(caption.split()) for caption in captions) + "\n")
+    return file
+
+
+if __name__ == "__main__":
+    from pipelines.demo import DemoConfig as _Config
+    from pipelines.demo import run as _run
+
+    cli.main(_run, _Config, __doc__)

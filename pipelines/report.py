@@ -1,0 +1,186 @@
+"""The demo's results: numbers (report.json), a captioned contact sheet, and a page that shows how it went."""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+
+from paella.bundle import Bundle, load_bundle
+from paella.images import contact_sheet, to_uint8
+from paella.metrics import codebook_use
+from paella.storage import new_file
+from pipelines import scene_checker, scenes, tracking
+from pipelines.progress import duration
+from pipelines.sources import decode_all
+from pipelines.stages import Stages
+from pipelines.train import presets
+from pipelines.train_vqgan import reconstruct, reconstruction_sheet
+
+matplotlib.use("Agg")
+
+
+def write(root: Path, model: Path, prompts: list[str], stages: Stages, *, generated_scenes: bool) -> None:
+    """Write everything the demo shows into `root`."""
+    bundle = load_bundle(str(model))
+    images = pictures(root / "pictures")
+    values: dict = {"prompts": len(images)}
+    if generated_scenes:
+        values |= caption_accuracy(images)
+        values |= reconstruction(root, bundle)
+    else:
+        values |= {key: json.loads((root / "vqgan/report.json").read_text())[key] for key in ("psnr", "codebook_use")}
+        Image.open(root / "vqgan/reconstructions.png").save(root / "reconstructions.png")
+    values |= {
+        "seconds": {name: round(seconds, 1) for name, seconds in stages.seconds.items()},
+        "seconds_total": round(sum(stages.seconds.values()), 1),
+        "peak_memory_gb": round(stages.peak_bytes / 1e9, 2),
+        "model_digest": bundle.digest,
+    }
+    contact_sheet([image for _, image in images[:64]], [prompt for prompt, _ in images[:64]]).save(root / "contact_sheet.png")
+    emergence(bundle, prompts[:4]).save(root / "emergence.png")
+    training_curve(root)
+    _write_text(root / "report.json", json.dumps(values, indent=1) + "\n")
+    _write_text(root / "index.html", page(values))
+
+
+def pictures(directory: Path) -> list[tuple[str, np.ndarray]]:
+    """(prompt, image) of every generated picture, in order of the seeds."""
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(directory / "manifest").sort_by("order").to_pylist()
+    return [(row["prompt"], np.asarray(Image.open(directory / row["file"]).convert("RGB"))) for row in rows]
+
+
+def caption_accuracy(images: list[tuple[str, np.ndarray]]) -> dict:
+    """Share of pictures whose pixels show what the caption says, by attribute and all together."""
+    checks = [scene_checker.check(image, scenes.parse_caption(prompt)) for prompt, image in images]
+    return {"accuracy": {name: float(np.mean([check[name] for check in checks])) for name in checks[0]}}
+
+
+def reconstruction(root: Path, bundle: Bundle) -> dict:
+    """PSNR and codebook use on held-out images, and how much the VQGAN alone costs in caption accuracy."""
+    originals = decode_all(str(root / "held-out"), bundle.config.image_size, 10_000)
+    outputs, values, indices = reconstruct(bundle.vqgan, originals)
+    use, perplexity = codebook_use(indices, bundle.config.vqgan.codebook_size)
+    reconstruction_sheet(originals[:16], outputs[:16], values[:16]).save(root / "reconstructions.png")
+    return {"psnr": values.mean().item(), "codebook_use": use, "perplexity": perplexity}
+
+
+@torch.inference_mode()
+def emergence(bundle: Bundle, prompts: list[str]) -> Image.Image:
+    """One row per prompt: the prediction after each step."""
+    rows: list[torch.Tensor] = []
+    config = presets()["tiny"].sampling
+    bundle.generate_tokens(
+        prompts, list(range(len(prompts))), sampling=config, on_step=lambda _, tokens: rows.append(tokens.clone())
+    )
+    images = [to_uint8(bundle.decode(tokens)) for tokens in rows]  # steps × (B,H,W,3)
+    cells = [images[step][row] for row in range(len(prompts)) for step in range(len(images))]
+    captions = [f"step {step + 1}" for _ in prompts for step in range(len(images))]
+    return contact_sheet(cells, captions, columns=len(images), scale=1)
+
+
+def training_curve(root: Path) -> None:
+    """Loss by noise level over the steps, from MLflow."""
+    from matplotlib import pyplot
+
+    run = tracking.Run(**json.loads((root / "train/mlflow_run.json").read_text()))
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 3.6))
+    for low in (0.0, 0.25, 0.5, 0.75):
+        history = tracking.metric_history(run, f"loss_t_{low:.2f}_{low + 0.25:.2f}")
+        axes[0].plot(*zip(*history, strict=True), label=f"t in {low:.2f}–{low + 0.25:.2f}")
+    axes[0].set(title="loss by noise level", xlabel="step")
+    axes[0].legend()
+    axes[1].plot(*zip(*tracking.metric_history(run, "accuracy"), strict=True))
+    axes[1].set(title="token accuracy", xlabel="step")
+    figure.tight_layout()
+    figure.savefig(root / "training.png", dpi=100)
+    pyplot.close(figure)
+
+
+def summary(root: Path) -> str:
+    """What the demo prints at the end."""
+    values = json.loads((root / "report.json").read_text())
+    lines = [f"\nDone in {duration(values['seconds_total'])}, at most {values['peak_memory_gb']} GB of memory."]
+    if "accuracy" in values:
+        accuracy = "  ".join(f"{name} {share:.2f}" for name, share in values["accuracy"].items())
+        lines.append(f"Caption accuracy on {values['prompts']} held-out captions: {accuracy}")
+    lines.append(f"VQGAN: PSNR {values['psnr']:.1f} dB, {values['codebook_use']:.0%} of the codebook in use")
+    lines += [f"Look:  {root / 'index.html'}", "Next:"]
+    return "\n".join([*lines, *(f"  {command}" for command in next_commands(root))])
+
+
+def next_commands(root: Path) -> list[str]:
+    return [
+        "make serve    # type prompts in a browser",
+        "make mlflow   # curves, samples and the registered model",
+        f".venv/bin/python pipelines/generate.py --model {_shown(root)}/train/model --prompts my-prompts.txt --output runs/mine",
+        "make demo DATA=folder/of/images/with/captions ARGS='--output runs/my-demo'",
+    ]
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with new_file(path) as file:
+        file.write_text(text)
+
+
+def page(values: dict) -> str:
+    """The page: static, no script, readable from disk."""
+    rows = {
+        "VQGAN reconstruction": f"{values['psnr']:.1f} dB PSNR",
+        "codebook in use": f"{values['codebook_use']:.0%}",
+        "time": ", ".join(f"{name} {duration(seconds)}" for name, seconds in values["seconds"].items()),
+        "peak memory": f"{values['peak_memory_gb']} GB",
+    }
+    for name, share in values.get("accuracy", {}).items():
+        rows[f"caption accuracy: {name}"] = f"{share:.1%} of {values['prompts']} held-out captions"
+    table = "".join(f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>" for key, value in rows.items())
+    sections = "".join(
+        f'<h2>{html.escape(title)}</h2><p>{html.escape(text)}</p><img src="{file}" alt="{html.escape(title)}">'
+        for title, file, text in SECTIONS
+    )
+    commands = html.escape("\n".join(next_commands(Path("runs/demo").absolute())))
+    return PAGE.format(table=table, sections=sections, commands=commands)
+
+
+SECTIONS = [
+    (
+        "Generated pictures",
+        "contact_sheet.png",
+        "Each made from its caption; none of the combinations was in training.",
+    ),
+    ("How a picture emerges", "emergence.png", "The prediction after each step: from random tokens to a picture."),
+    (
+        "Training",
+        "training.png",
+        "Cross-entropy by the share of noise in the tokens, and the share of tokens predicted.",
+    ),
+    ("Reconstructions", "reconstructions.png", "Held-out images above what the VQGAN makes of their tokens."),
+]
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>paella-ray demo</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1120px; margin: 2em auto; padding: 0 1em; }}
+img {{ max-width: 100%; background: white; }}
+th {{ text-align: left; padding-right: 1.5em; font-weight: 500; }}
+pre {{ padding: 1em; overflow-x: auto; border: 1px solid #8888; border-radius: 6px; }}
+</style></head><body>
+<h1>paella-ray: the demo's results</h1>
+<table>{table}</table>
+{sections}
+<h2>Next</h2><pre>{commands}</pre>
+</body></html>
+"""

@@ -1,0 +1,100 @@
+"""MLflow: one run per training run, continued over restarts; the bundle logged and registered as a model.
+
+`MLFLOW_TRACKING_URI` is honoured. Without it, runs go to an sqlite file and an artifact folder beside the outputs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param
+from PIL import Image
+
+EXPERIMENT = "paella"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Names one MLflow run; small enough to send to workers."""
+
+    tracking_uri: str
+    run_id: str
+
+    def client(self) -> MlflowClient:
+        return MlflowClient(self.tracking_uri)
+
+
+def open_run(output: Path, name: str, config: dict[str, Any]) -> Run:
+    """The MLflow run of an output directory: the one it had before, else a new one with the config as parameters."""
+    record = output / "mlflow_run.json"
+    if record.exists():
+        run = Run(**json.loads(record.read_text()))
+        run.client().update_run(run.run_id, status="RUNNING")
+        return run
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{output.absolute().parent}/mlflow.db"
+    client = MlflowClient(uri)
+    created = client.create_run(_experiment(client, uri), run_name=name)
+    run = Run(uri, created.info.run_id)
+    params = [Param(key, str(value)[:6000]) for key, value in _flat(config).items()]
+    client.log_batch(run.run_id, params=params)
+    temporary = record.with_suffix(".tmp")
+    temporary.write_text(json.dumps(vars(run)) + "\n")
+    temporary.replace(record)
+    return run
+
+
+def _experiment(client: MlflowClient, uri: str) -> str:
+    if found := client.get_experiment_by_name(EXPERIMENT):
+        return found.experiment_id
+    database = uri.removeprefix("sqlite:///")
+    artifacts = str(Path(database).absolute().parent / "mlartifacts") if database != uri else None
+    return client.create_experiment(EXPERIMENT, artifact_location=artifacts)
+
+
+def log_metrics(run: Run, metrics: dict[str, float], step: int) -> None:
+    now = int(time.time() * 1000)
+    run.client().log_batch(run.run_id, metrics=[Metric(key, value, now, step) for key, value in metrics.items()])
+
+
+def log_image(run: Run, image: Image.Image, key: str, step: int) -> None:
+    run.client().log_image(run.run_id, image, key=key, step=step)
+
+
+def metric_history(run: Run, key: str) -> list[tuple[int, float]]:
+    """(step, value) pairs of a metric in order of steps; after a restart the newer value of a step counts."""
+    history = run.client().get_metric_history(run.run_id, key)
+    return sorted({metric.step: metric.value for metric in sorted(history, key=lambda m: m.timestamp)}.items())
+
+
+def finish_run(run: Run, bundle: Path | None = None, registered_name: str | None = None) -> str | None:
+    """End the run; log the bundle and register it as a model. Returns the model's URI by its alias `newest`."""
+    client = run.client()
+    uri = None
+    if bundle is not None and registered_name is not None:
+        mlflow.set_tracking_uri(run.tracking_uri)
+        with mlflow.start_run(run_id=run.run_id):
+            info = mlflow.pyfunc.log_model(
+                name="bundle",
+                python_model=str(Path(__file__).with_name("mlflow_model.py")),
+                artifacts={"bundle": str(bundle)},
+                registered_model_name=registered_name,
+                pip_requirements=["paella-ray"],
+            )
+        client.set_registered_model_alias(registered_name, "newest", str(info.registered_model_version))
+        uri = f"models:/{registered_name}@newest"
+    client.set_terminated(run.run_id)
+    return uri
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat

@@ -1,0 +1,351 @@
+"""Train the U-Net (and, in `tiny`, its text encoder) on a token dataset, on any number of workers.
+
+    python pipelines/train.py tiny --data runs/demo/tokens --vqgan runs/demo/vqgan --output runs/mine --steps 200
+    ray job submit --working-dir . -- python pipelines/train.py paella-1b --data s3://me/tokens …
+
+The same command again continues from the newest complete checkpoint; a finished run says so and does nothing.
+The output holds `model` (a bundle), `samples/`, checkpoints and the id of the run in MLflow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import ray.train
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from paella import checkpoint
+from paella.bundle import load_vqgan, save_bundle
+from paella.config import PRESETS, ModelConfig
+from paella.ema import Ema
+from paella.images import contact_sheet, to_uint8
+from paella.parallel import compute_dtype, count_parameters, full_state_dict, mean_over_workers, shard
+from paella.sampler import SamplingConfig, sample
+from paella.storage import new_file
+from paella.training import NUM_BUCKETS, OptimConfig, TextToTokens, draw_noise, loss_and_metrics, metrics_of
+from paella.vqgan import VQModel
+from pipelines import cli, tracking
+from pipelines.progress import Progress
+from pipelines.token_dataset import TokenDataset, require_vqgan
+from pipelines.workers import fit, resume_directory, setup_worker
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    data: str
+    """Token dataset (directory or URI), written by tokenize_images."""
+    vqgan: str
+    """Bundle with the VQGAN that made the tokens."""
+    output: str
+    """Directory of the run; the same command with the same output continues it."""
+    model: ModelConfig
+    """U-Net and text encoders."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and learning-rate schedule."""
+    steps: int = 1_300_000
+    """Optimizer steps."""
+    global_batch_size: int = 2048
+    """Images per step over all workers."""
+    num_workers: int = 1
+    """Workers; each has one GPU, or its share of the CPUs."""
+    precision: str = "auto"
+    """Of forward and backward: bf16, float32, or auto (bf16 where the hardware multiplies it)."""
+    ema_decay: float = 0.9999
+    """Decay of the averaged weights, which sampling uses."""
+    label_smoothing: float = 0.1
+    """Of the cross-entropy."""
+    drop_caption: float = 0.05
+    """Share of captions dropped, for classifier-free guidance."""
+    seed: int = 0
+    """Order of the samples, noise and initial weights."""
+    checkpoint_every: int = 5000
+    """Steps between checkpoints."""
+    sample_every: int = 5000
+    """Steps between sheets of samples."""
+    sample_prompts: str | None = None
+    """Text file with the prompts of those sheets, one a line; the dataset's first captions if not given."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Settings of those samples."""
+    register_as: str = "paella"
+    """Name under which MLflow registers the model."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch_size", "num_workers", "checkpoint_every", "sample_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not allowed: an integer of at least 1")
+        if self.global_batch_size % self.num_workers:
+            raise ValueError(f"global_batch_size={self.global_batch_size} must be a multiple of num_workers={self.num_workers}")
+        if self.precision not in ("auto", "bf16", "float32"):
+            raise ValueError(f"precision={self.precision!r} is not allowed: auto, bf16 or float32")
+
+
+def presets() -> dict[str, TrainConfig]:
+    """Training settings for each model preset; `data`, `vqgan` and `output` have to be given."""
+    from tyro import MISSING
+
+    places = {"data": MISSING, "vqgan": MISSING, "output": MISSING}
+    tiny = TrainConfig(
+        **places,
+        model=PRESETS["tiny"],
+        optim=OptimConfig(lr=2e-3, warmup_steps=100, final_lr_fraction=0.02, betas=(0.9, 0.99)),
+        steps=3000,
+        global_batch_size=64,
+        num_workers=2,
+        ema_decay=0.995,
+        drop_caption=0.1,
+        checkpoint_every=200,
+        sample_every=750,
+        sampling=SamplingConfig(temperature=(1.0, 0.3), cfg=(4.0, 4.0)),
+    )
+    small = TrainConfig(**places, model=PRESETS["small"], steps=100_000, global_batch_size=256, ema_decay=0.999)
+    return {"tiny": tiny, "small": small, "paella-1b": TrainConfig(**places, model=PRESETS["paella-1b"])}
+
+
+def run(config: TrainConfig) -> Path:
+    """Train; returns the bundle's directory. Raises ValueError for the user's mistakes, before any worker starts."""
+    config = dataclasses.replace(
+        config,
+        data=cli.absolute(config.data),
+        vqgan=cli.absolute(config.vqgan),
+        output=cli.absolute(config.output),
+        sample_prompts=None if config.sample_prompts is None else cli.absolute(config.sample_prompts),
+    )
+    _check_data(config)
+    output = cli.require_writable(config.output)
+    values = cli.config_values(config)
+    cli.require_same_config(output, values)
+    bundle, finished = output / "model", output / "registered_model.txt"
+    if finished.exists():
+        print(f"training is finished: {bundle} (MLflow: {finished.read_text().strip()})")
+        return bundle
+    mlflow_run = tracking.open_run(output, f"train {output.name}", values)
+    if not (bundle / "config.json").exists():
+        cli.start_ray()
+        fit(train_worker, {"config": config, "mlflow_run": mlflow_run}, output, config.num_workers)
+    uri = tracking.finish_run(mlflow_run, bundle, config.register_as)
+    with new_file(finished) as file:
+        file.write_text(f"{uri}\n")
+    print(f"trained: {bundle} (MLflow: {uri})")
+    return bundle
+
+
+def _check_data(config: TrainConfig) -> None:
+    dataset = TokenDataset(config.data)
+    dataset.num_batches(config.global_batch_size)
+    _, digest = load_vqgan(config.vqgan)
+    require_vqgan(dataset.format, digest, config.data)
+    labels, multiple = config.model.unet.num_labels, config.model.unet.grid_multiple
+    if dataset.format.codebook_size != labels:
+        raise ValueError(
+            f"{config.data} has a codebook of {dataset.format.codebook_size} codes, the model's num_labels is {labels}"
+        )
+    if dataset.format.grid_height % multiple or dataset.format.grid_width % multiple:
+        raise ValueError(
+            f"{config.data} has a grid of {dataset.format.grid_height}x{dataset.format.grid_width} tokens, "
+            f"the model needs sides that are multiples of {multiple}"
+        )
+    sample_prompts(config)
+
+
+def sample_prompts(config: TrainConfig, num: int = 32) -> list[str]:
+    """The prompts of the sample sheets."""
+    if config.sample_prompts is None:
+        batch = next(TokenDataset(config.data).batches(seed=0, global_batch_size=1))
+        return batch.captions * num
+    try:
+        lines = Path(config.sample_prompts).read_text().splitlines()
+    except OSError as error:
+        raise ValueError(f"sample_prompts {config.sample_prompts} cannot be read: {error.strerror}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"sample_prompts {config.sample_prompts} has no prompts")
+    return prompts[:num]
+
+
+def train_worker(arguments: dict) -> None:
+    """One worker of the training group."""
+    config: TrainConfig = arguments["config"]
+    rank, world_size, device = setup_worker(config.seed)
+    model = TextToTokens(config.model).to(device).train()
+    num_parameters = count_parameters(model)
+    shard(model, compute_dtype(config.precision, device))
+    optimizer = config.optim.optimizer(model.parameters())
+    ema = Ema(model, config.ema_decay)
+    with resume_directory() as directory:
+        start = checkpoint.load(directory, model, optimizer, ema) if directory else 0
+    samples = Samples(config, rank, world_size, device)
+    if rank == 0:
+        print(f"{num_parameters / 1e6:.1f} M parameters on {world_size} workers, from step {start}", flush=True)
+
+    batches = TokenDataset(config.data).batches(
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        rank=rank,
+        world_size=world_size,
+        start_step=start,
+    )
+    progress = Progress("train", config.steps, start, enabled=rank == 0)
+    report = Report(config, arguments["mlflow_run"], rank, world_size)
+    for step, batch in zip(range(start, config.steps), batches, strict=False):
+        metrics = train_step(model, optimizer, config, step, batch, rank, device)
+        ema.update(model, step)
+        progress.update(step + 1, report.step(step, metrics))
+        done = step + 1
+        if done % config.sample_every == 0 or done == config.steps:
+            samples.draw(model, ema, done, report)
+        if done % config.checkpoint_every == 0 and done < config.steps:
+            _checkpoint(model, optimizer, ema, done)
+    with ema.swapped_into(model):
+        state = full_state_dict(model)
+    if rank == 0:
+        save_trained(config, state)
+    dist.barrier()
+
+
+def train_step(
+    model: TextToTokens, optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, batch, rank: int, device
+) -> dict[str, Tensor | float]:
+    """One optimizer step on this worker's slice of a global batch."""
+    lr = config.optim.lr_at(step, config.steps)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    tokens = torch.from_numpy(batch.tokens)
+    first = step * config.global_batch_size + rank * len(tokens)
+    numbers = range(first, first + len(tokens))
+    draws = draw_noise(tokens, config.model.unet.num_labels, config.seed, numbers, config.drop_caption)
+    text = model.text.tokenize(batch.captions)
+    inputs = (draws.noised, draws.t, text.ids, text.mask, draws.keep)
+    clip = model.text.clip_embeddings(batch.captions)
+    logits = model(*(value.to(device) for value in inputs), clip=clip)
+    moved = dataclasses.replace(draws, t=draws.t.to(device), weight=draws.weight.to(device))
+    loss, sums = loss_and_metrics(logits, tokens.to(device), moved, config.label_smoothing)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return {"sums": sums, "grad_norm": norm, "lr": lr}
+
+
+class Report:
+    """Sums metrics over steps and workers, and logs them to MLflow from rank 0."""
+
+    EVERY = 20
+
+    def __init__(self, config: TrainConfig, mlflow_run: tracking.Run, rank: int, world_size: int) -> None:
+        self.config, self.mlflow_run, self.rank, self.world_size = config, mlflow_run, rank, world_size
+        self._reset()
+
+    def _reset(self) -> None:
+        self.sums, self.num_steps, self.since = torch.zeros(2 + 2 * NUM_BUCKETS), 0, time.monotonic()
+
+    def step(self, step: int, metrics: dict) -> str | None:
+        """Add a step; returns a line about the last steps when one is due. Every rank must call it."""
+        self.sums += metrics["sums"]
+        self.num_steps += 1
+        if (step + 1) % self.EVERY and step + 1 != self.config.steps:
+            return None
+        norm = metrics["grad_norm"]
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        values = metrics_of(mean_over_workers(self.sums), self.num_steps)
+        values |= {
+            "grad_norm": norm.item(),
+            "lr": metrics["lr"],
+            "images_per_s": self.num_steps * self.config.global_batch_size / (time.monotonic() - self.since),
+        }
+        if self.rank == 0:
+            tracking.log_metrics(self.mlflow_run, values, step + 1)
+        self._reset()
+        return f"loss {values['loss']:.3f}  accuracy {values['accuracy']:.3f}  {values['images_per_s']:.0f} images/s"
+
+    def sheet(self, sheet, step: int) -> None:
+        """Keep a sheet of samples in the output and in MLflow (rank 0)."""
+        directory = Path(self.config.output) / "samples"
+        directory.mkdir(exist_ok=True)
+        sheet.save(directory / f"step-{step:07d}.png")
+        tracking.log_image(self.mlflow_run, sheet, "samples", step)
+        print(f"samples after {step} steps: {directory / f'step-{step:07d}.png'}", flush=True)
+
+
+class Samples:
+    """Sheets of samples from the averaged weights: every rank generates its share with the sharded model."""
+
+    def __init__(self, config: TrainConfig, rank: int, world_size: int, device: torch.device) -> None:
+        self.config, self.rank, self.world_size, self.device = config, rank, world_size, device
+        prompts = sample_prompts(config)
+        self.prompts = prompts[: max(world_size, len(prompts) // world_size * world_size)]
+        self.vqgan: VQModel = load_vqgan(config.vqgan)[0].to(device)
+
+    @torch.no_grad()
+    def draw(self, model: TextToTokens, ema: Ema, step: int, report: Report) -> None:
+        """Generate, gather on rank 0 and keep the sheet."""
+        indices = range(self.rank, len(self.prompts), self.world_size)
+        side = self.config.model.image_size
+        model.eval()
+        with ema.swapped_into(model):
+            tokens = sample_sharded(model, [self.prompts[i] for i in indices], list(indices), side, self.config)
+        model.train()
+        images = to_uint8(self.vqgan.decode_indices(tokens.to(self.device)))
+        gathered: list = [None] * self.world_size
+        dist.all_gather_object(gathered, dict(zip(indices, images, strict=True)))
+        if self.rank == 0:
+            by_index = {index: image for part in gathered for index, image in part.items()}
+            report.sheet(contact_sheet([by_index[i] for i in sorted(by_index)], self.prompts), step)
+
+
+def sample_sharded(model: TextToTokens, prompts: list[str], seeds: list[int], side: int, config: TrainConfig) -> Tensor:
+    """Token grids of prompts by a sharded model: the passes go through its root, which gathers the weights."""
+    text = model.text.tokenize(prompts)
+    device = next(model.parameters()).device
+    keep = torch.ones(len(prompts), dtype=torch.bool)
+    conditions = {"ids": text.ids, "mask": text.mask, "keep": keep}
+    conditions = {name: value.to(device) for name, value in conditions.items()}
+    if (clip := model.text.clip_embeddings(prompts)) is not None:
+        conditions["clip"] = clip
+    without = conditions | {"keep": torch.zeros_like(conditions["keep"])}
+    tokens = sample(model, conditions, without, seeds=seeds, size=config.model.grid(side, side), config=config.sampling)
+    model.reshard()  # without a backward pass the root keeps its weights gathered
+    return tokens
+
+
+def _checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema, step: int) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoint.save(directory, model, optimizer, ema, step)
+        ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(directory))
+
+
+def save_trained(config: TrainConfig, state: dict[str, Tensor]) -> None:
+    """Write the bundle from the full state of the trained module (rank 0)."""
+    vqgan, _ = load_vqgan(config.vqgan)
+    trained = TextToTokens(config.model)
+    trained.load_state_dict(state)
+    card = MODEL_CARD.format(
+        steps=config.steps,
+        batch=config.global_batch_size,
+        data=config.data.rstrip("/").rsplit("/", 1)[-1],
+        images=config.steps * config.global_batch_size,
+    )
+    save_bundle(Path(config.output) / "model", config.model, trained.unet.state_dict(), vqgan, trained.text, card)
+
+
+MODEL_CARD = """# A Paella text-to-image model
+
+Trained by paella-ray for {steps} steps of {batch} images ({images} image views) on the token dataset `{data}`.
+The weights are the exponential moving average at the last step. Images it makes are made by a model: say so where they are shown.
+
+    python pipelines/generate.py --model . --prompts prompts.txt --output images
+"""
+
+
+if __name__ == "__main__":
+    from pipelines.train import presets as _presets
+    from pipelines.train import run as _run
+
+    cli.main(_run, _presets(), __doc__)

@@ -1,0 +1,65 @@
+"""Ray Train: starting a group of workers, and what each does first."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+
+def fit(worker: Callable[[dict], None], arguments: dict, output: Path, num_workers: int) -> None:
+    """Run `worker(arguments)` on every worker; checkpoints lie in `output`/checkpoints, and a rerun finds them there.
+
+    Raises RuntimeError with the worker's message where training failed for good.
+    """
+    gpu = torch.cuda.is_available()
+    cpus = ray.cluster_resources().get("CPU", 1)
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config=arguments,
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=num_workers,
+            use_gpu=gpu,
+            resources_per_worker={"CPU": max(1, int(cpus) // num_workers)} | ({"GPU": 1} if gpu else {}),
+        ),
+        run_config=RunConfig(
+            name="checkpoints",
+            storage_path=str(output),
+            failure_config=FailureConfig(max_failures=2),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    trainer.fit()
+
+
+def setup_worker(seed: int) -> tuple[int, int, torch.device]:
+    """Seed and threads of this worker; returns rank, world size and device."""
+    context = ray.train.get_context()
+    torch.manual_seed(seed)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        # Ray sets OMP_NUM_THREADS to the worker's CPUs; without it each worker would take all cores
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    return context.get_world_rank(), context.get_world_size(), device
+
+
+@contextmanager
+def resume_directory() -> Iterator[str | None]:
+    """A local directory with the newest checkpoint, or None at the start of a run."""
+    newest = ray.train.get_checkpoint()
+    if newest is None:
+        yield None
+    else:
+        with newest.as_directory() as directory:
+            yield directory

@@ -1,0 +1,139 @@
+"""A training step: noise that belongs to the sample, loss by noise level, averages, schedule, checkpoints."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from paella import checkpoint
+from paella.config import PRESETS
+from paella.ema import Ema
+from paella.objective import add_noise
+from paella.parallel import compute_dtype, count_parameters
+from paella.training import OptimConfig, TextToTokens, draw_noise, loss_and_metrics, metrics_of
+
+TINY = PRESETS["tiny"]
+SMALL = dataclasses.replace(
+    TINY,
+    unet=dataclasses.replace(TINY.unet, c_hidden=(16, 16), c_in=8, c_out=8, c_cond=16, nhead=(2, 2), blocks=(1, 1),
+                             level_config=("CTA", "CTA")),
+)  # fmt: skip
+
+
+def test_noise_belongs_to_the_sample_not_to_the_worker():
+    tokens = torch.randint(256, (4, 8, 8))
+    together = draw_noise(tokens, 256, 7, range(4), 0.1)
+    apart = [draw_noise(tokens[part], 256, 7, part, 0.1) for part in ([0, 1], [2, 3])]
+    assert torch.equal(together.noised, torch.cat([part.noised for part in apart]))
+    assert torch.equal(together.t, torch.cat([part.t for part in apart]))
+    again = draw_noise(tokens, 256, 7, range(4, 8), 0.1)
+    assert not torch.equal(together.t, again.t)
+
+
+def test_noise_has_its_rate_and_captions_are_dropped():
+    tokens = torch.zeros(400, 16, 16, dtype=torch.long)
+    draws = draw_noise(tokens, 256, 0, range(400), 0.25)
+    share = (draws.noised != 0).float().mean((1, 2))
+    torch.testing.assert_close(share, draws.t * 255 / 256, atol=0.15, rtol=0)
+    assert abs((~draws.keep).float().mean().item() - 0.25) < 0.07
+    with pytest.raises(ValueError, match="num_labels"):
+        add_noise(tokens, draws.t)
+
+
+def test_loss_falls_on_one_batch_and_dropped_captions_do_not_matter():
+    torch.manual_seed(0)
+    model = TextToTokens(SMALL)
+    optimizer = OptimConfig(lr=3e-3, warmup_steps=1).optimizer(model.parameters())
+    tokens = torch.randint(4, (8, 8, 8))
+    text = model.text.tokenize([f"caption {i}" for i in range(8)])
+    draws = draw_noise(tokens, 256, 0, range(8), 0.0)
+    losses = []
+    for _ in range(30):
+        loss, _ = loss_and_metrics(model(draws.noised, draws.t, text.ids, text.mask, draws.keep), tokens, draws, 0.0)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    model.eval()
+    nothing = torch.zeros(8, dtype=torch.bool)
+    other = model.text.tokenize([f"another {i}" for i in range(8)])
+    assert other.mask.shape == text.mask.shape
+    assert torch.equal(
+        model(draws.noised, draws.t, text.ids, text.mask, nothing),
+        model(draws.noised, draws.t, other.ids, text.mask, nothing),
+    )
+
+
+def test_metrics_by_noise_level():
+    tokens = torch.zeros(2, 4, 4, dtype=torch.long)
+    draws = draw_noise(tokens, 16, 0, range(2), 0.0)
+    draws = dataclasses.replace(draws, t=torch.tensor([0.1, 0.9]))
+    logits = torch.zeros(2, 16, 4, 4)
+    logits[0, 0] = 9.0
+    _, sums = loss_and_metrics(logits, tokens, draws, 0.0)
+    metrics = metrics_of(sums, 1)
+    assert metrics["loss_t_0.00_0.25"] == pytest.approx(0, abs=0.01)
+    assert metrics["loss_t_0.75_1.00"] == pytest.approx(torch.tensor(16.0).log().item(), abs=1e-4)
+    assert "loss_t_0.25_0.50" not in metrics
+    assert metrics["loss"] == pytest.approx((metrics["loss_t_0.00_0.25"] + metrics["loss_t_0.75_1.00"]) / 2, abs=1e-4)
+
+
+def test_schedule():
+    optim = OptimConfig(lr=1.0, warmup_steps=10, final_lr_fraction=0.1)
+    assert optim.lr_at(0, 100) == pytest.approx(0.1)
+    assert optim.lr_at(9, 100) > 0.9
+    assert optim.lr_at(100, 100) == pytest.approx(0.1)
+    assert OptimConfig(lr=1.0, warmup_steps=1).lr_at(50, 100) == 1.0
+    with pytest.raises(ValueError, match=r"optim\.lr"):
+        OptimConfig(lr=0.0)
+
+
+def test_ema_follows_and_swaps_back():
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(0.0)
+    ema = Ema(model, 0.9)
+    model.weight.data.fill_(1.0)
+    ema.update(model, 10_000)
+    assert ema.shadow["weight"].item() == pytest.approx(0.1)
+    with ema.swapped_into(model):
+        assert model.weight.item() == pytest.approx(0.1)
+    assert model.weight.item() == 1.0
+
+
+def test_checkpoint_restores_weights_optimizer_and_averages(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        model = TextToTokens(SMALL)
+        return model, OptimConfig().optimizer(model.parameters()), Ema(model, 0.9)
+
+    def train(model, optimizer, ema, steps):
+        tokens = torch.randint(256, (2, 8, 8), generator=torch.Generator().manual_seed(1))
+        text = model.text.tokenize(["a", "b"])
+        for step in steps:
+            draws = draw_noise(tokens, 256, 0, range(2 * step, 2 * step + 2), 0.0)
+            loss_and_metrics(model(draws.noised, draws.t, text.ids, text.mask, draws.keep), tokens, draws, 0.1)[0].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.update(model, step)
+
+    undisturbed = build()
+    train(*undisturbed, range(4))
+    first = build()
+    train(*first, range(2))
+    checkpoint.save(tmp_path, *first, 2)
+    resumed = build()
+    assert checkpoint.load(tmp_path, *resumed) == 2
+    train(*resumed, range(2, 4))
+    for (name, ours), (_, theirs) in zip(resumed[0].state_dict().items(), undisturbed[0].state_dict().items(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=name)
+    for name, value in resumed[2].shadow.items():
+        torch.testing.assert_close(value, undisturbed[2].shadow[name], msg=name)
+
+
+def test_precision():
+    cpu = torch.device("cpu")
+    assert compute_dtype("float32", cpu) is torch.float32
+    assert compute_dtype("bf16", cpu) is torch.bfloat16
+    assert compute_dtype("auto", torch.device("cuda")) is torch.bfloat16
+    assert count_parameters(torch.nn.Linear(3, 2)) == 8
