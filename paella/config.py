@@ -228,7 +228,6 @@ PRESETS: dict[str, ModelConfig] = {
             nhead=(-1, 4, 4),
             blocks=(1, 2, 1),
             level_config=("CT", "CTA", "CTA"),
-            kernel_size=5,
             clip_embd=64,
             byt5_embd=128,
             dropout=0.0,

@@ -28,12 +28,16 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         if image.width * image.height > max_pixels:
             raise ValueError(f"{image.width}x{image.height} pixels, more than {max_pixels}")
         image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # Pillow would clip 16-bit greys at 255 rather than scale them
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
     except Image.DecompressionBombError as error:
         raise ValueError(f"more than {max_pixels} pixels") from error
-    except (OSError, SyntaxError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # Pillow raises TypeError, struct.error and more on damaged files
         raise ValueError(f"not a readable image: {error}") from error
 
 

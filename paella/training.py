@@ -86,19 +86,21 @@ class Draws:
     keep: Tensor
 
 
-def draw_noise(tokens: Tensor, num_labels: int, seed: int, samples: Sequence[int], drop: float) -> Draws:
+def draw_noise(tokens: Tensor, num_labels: int, seed: int, samples: Sequence[int], drop: float, t_scale: float = 1.08) -> Draws:
     """Noise of each image from its own number in the run, so that it does not depend on the number of workers.
 
     Args:
         tokens: (B,H,W) clean tokens.
         samples: for each image, step · global batch size + its place in the global batch.
         drop: share of captions that are dropped, for classifier-free guidance.
+        t_scale: t is uniform in (0, t_scale], cut at 1, so that a share 1 − 1/t_scale of the images is all noise.
     """
     shape = tuple(tokens.shape[1:])
     rngs = [np.random.Generator(np.random.Philox(key=[seed, sample])) for sample in samples]
     t, keep = torch.from_numpy(np.stack([rng.random(2, dtype=np.float32) for rng in rngs], axis=1))
     uniform = torch.from_numpy(np.stack([rng.random(shape, dtype=np.float32) for rng in rngs]))
     random_tokens = torch.from_numpy(np.stack([rng.integers(num_labels, size=shape) for rng in rngs]))
+    t = ((1 - t) * t_scale).clamp(0.001, 1)
     mask = (uniform <= t[:, None, None]).long()
     noised, _ = add_noise(tokens, t, mask=mask, random_tokens=random_tokens)
     return Draws(t, noised, loss_weight(t, mask), keep >= drop)

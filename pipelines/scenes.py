@@ -250,10 +250,7 @@ def render(scene: Scene, rng: np.random.Generator, image_size: int = 64) -> np.n
     if image_size < 32:
         raise ValueError(f"image_size is {image_size}; scenes need at least 32 pixels to be readable.")
     extents = [_pick(rng, SIZES[thing.size]) for thing in scene.objects]
-    if scene.position is not None:
-        centres = (_place_one(scene.position, rng),)
-    else:
-        centres = _place_two(scene.relation, extents, rng)
+    centres = (_place_one(scene.position, rng),) if scene.position is not None else _place_two(scene.relation, extents, rng)
     scale = image_size / 64
     image = np.full((image_size, image_size, 3), BACKGROUNDS[scene.background], dtype=np.float64)
     for thing, (x, y), extent in zip(scene.objects, centres, extents, strict=True):

@@ -1,14 +1,18 @@
-"""Where captioned images come from: a folder of images with `.txt` captions, or img2dataset's webdataset tars.
+"""Where captioned images come from: a folder of images with `.txt` captions, or webdataset tars as img2dataset writes them.
 
-A unit is a slice of one shard, small enough to hold in memory; its name is stable, so that one unit becomes one output shard.
+A unit is a slice of one shard, small enough to hold in memory. Its name says which samples it holds, so that one unit
+becomes one output shard that is known to be finished by its name alone.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -38,140 +42,182 @@ class Reject:
 
 @dataclass(frozen=True)
 class Unit:
-    """Samples start … stop of one shard (a tar, or the sorted images of a folder tree)."""
+    """Samples start … stop of one shard, in the order of their keys."""
 
+    name: str
+    """Names the unit's samples: other samples, another name."""
     shard: str
+    """A tar, or the root of a folder tree."""
     start: int
     stop: int
-    name: str
+    prefix: str = ""
+    """Put before a key to make an id that is unique in the whole set."""
+    files: tuple[str, ...] = ()
+    """The files of a folder's unit, below `shard`; a tar's members are in its headers."""
+
+    @property
+    def num_samples(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass
+class _Members:
+    """Where the images and captions of one key lie: names below a folder, or members of a tar."""
+
+    images: list[Any] = field(default_factory=list)
+    captions: list[Any] = field(default_factory=list)
 
 
 def find_units(path: str, rows_per_unit: int = 1024) -> list[Unit]:
-    """All units below `path`, in stable order, from names and headers alone.
+    """All units below `path`, in stable order, from names and tar headers alone.
 
     Raises ValueError where there is no such directory, no image in it, or no caption to any image.
     """
     root = Path(path)
     if not root.is_dir():
         raise ValueError(f"the input {path} is not a directory")
-    shards: list[tuple[Path, int]] = []
-    has_caption = False
-    for tar in _finished_tars(root):
-        keys = _tar_index(tar)
-        shards.append((tar, len(keys)))
-        has_caption = has_caption or any(".txt" in members for members in keys.values())
-    if not shards:
-        images = _folder_images(root)
-        shards.append((root, len(images)))
-        has_caption = any(image.with_suffix(".txt").exists() for image in images)
-    if not any(count for _, count in shards):
+    units: list[Unit] = []
+    num_images = num_captioned = 0
+    tars = _finished_tars(root)
+    for shard, prefix in (tars or {root: ""}).items():
+        index = _tar_index(shard) if tars else _folder_index(root)
+        num_images += sum(bool(members.images) for members in index.values())
+        num_captioned += sum(bool(members.images and members.captions) for members in index.values())
+        units += _slices(root, shard, prefix, index, rows_per_unit)
+    if not num_images:
         raise ValueError(f"the input {path} has no images ({', '.join(IMAGE_SUFFIXES)}, in folders or in .tar shards)")
-    if not has_caption:
+    if not num_captioned:
         raise ValueError(f"the input {path} has no captions: each image needs a .txt file of the same name")
-    return [
-        Unit(str(shard), start, min(start + rows_per_unit, count), f"{shard.stem}-{start:08d}")
-        for shard, count in shards
-        for start in range(0, count, rows_per_unit)
-    ]
+    return units
 
 
-def read_unit(unit: Unit) -> Iterator[Sample | Reject]:
-    """The unit's samples; what has no usable image or caption comes as a Reject."""
-    rows = _read_tar(unit) if unit.shard.endswith(".tar") else _read_folder(unit)
-    for key, image, caption, problem in rows:
-        if problem:
-            yield Reject(key, "read", *problem)
-        elif image is None:
-            yield Reject(key, "read", "no-image", "a caption without an image")
-        elif caption is None:
-            yield Reject(key, "read", "no-caption", "an image without a .txt caption")
-        else:
-            yield _checked(key, image, caption)
+def read_unit(unit: Unit, rows: Collection[int] | None = None) -> Iterator[Sample | Reject]:
+    """The unit's samples, all or those numbered in `rows`; what has no usable image or caption comes as a Reject."""
+    chosen = range(unit.num_samples) if rows is None else sorted(rows)
+    if unit.files:
+        index = _group((name, name) for name in unit.files)
+        keys = sorted(index)
+        for row in chosen:
+            yield _read(unit, keys[row], index[keys[row]], lambda name: (Path(unit.shard) / name).read_bytes())
+        return
+    index = _tar_index(Path(unit.shard))
+    keys = sorted(index)[unit.start : unit.stop]
+    with open(unit.shard, "rb") as tar:
+        for row in chosen:
+            yield _read(unit, keys[row], index[keys[row]], lambda member: _member_bytes(tar, member))
 
 
-def _checked(key: str, image: bytes, caption: bytes) -> Sample | Reject:
+def _member_bytes(tar: BinaryIO, member: tarfile.TarInfo) -> bytes:
+    tar.seek(member.offset_data)
+    return tar.read(member.size)
+
+
+def _read(unit: Unit, key: str, members: _Members, read: Callable[[Any], bytes]) -> Sample | Reject:
+    # file names need not be UTF-8, but ids are
+    id = (unit.prefix + key).encode(errors="surrogateescape").decode(errors="backslashreplace")
+    if len(members.images) > 1 or len(members.captions) > 1:
+        detail = f"{len(members.images)} images, {len(members.captions)} captions"
+        return Reject(id, "read", "duplicate-key", detail)
+    if not members.images:
+        return Reject(id, "read", "no-image", "a caption without an image")
+    if not members.captions:
+        return Reject(id, "read", "no-caption", "an image without a .txt caption")
     try:
-        text = caption.decode().strip()
+        image, caption = read(members.images[0]), read(members.captions[0]).decode().strip()
+    except OSError as error:
+        return Reject(id, "read", "unreadable-file", str(error))
     except UnicodeDecodeError as error:
-        return Reject(key, "read", "caption-not-utf8", str(error))
-    return Sample(key, image, text) if text else Reject(key, "read", "empty-caption", "")
+        return Reject(id, "read", "caption-not-utf8", str(error))
+    return Sample(id, image, caption) if caption else Reject(id, "read", "empty-caption", "the .txt caption is empty")
 
 
-Row = tuple[str, bytes | None, bytes | None, tuple[str, str] | None]
+def _slices(root: Path, shard: Path, prefix: str, index: dict[str, _Members], size: int) -> Iterator[Unit]:
+    keys = sorted(index)
+    place = shard.relative_to(root)
+    for start in range(0, len(keys), size):
+        part = keys[start : start + size]
+        digest = hashlib.sha256("\n".join([str(place), *part]).encode(errors="surrogateescape")).hexdigest()[:8]
+        name = f"{place.stem or 'folder'}-{start:08d}-{digest}"
+        files: tuple[str, ...] = ()
+        if shard == root:
+            files = tuple(name for key in part for name in index[key].images + index[key].captions)
+        yield Unit(name, str(shard), start, start + len(part), prefix, files)
 
 
-def _folder_images(root: Path) -> list[Path]:
-    return sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and "_tmp" not in p.parts)
+def _group(files: Iterable[tuple[str, Any]]) -> dict[str, _Members]:
+    """Images and captions by key, which is the name without its suffix."""
+    index: dict[str, _Members] = {}
+    for name, place in files:
+        path = PurePosixPath(name)
+        suffix = path.suffix.lower()
+        if suffix in (*IMAGE_SUFFIXES, ".txt"):
+            members = index.setdefault(str(path.with_suffix("")), _Members())
+            (members.captions if suffix == ".txt" else members.images).append(place)
+    return index
 
 
-def _read_folder(unit: Unit) -> Iterator[Row]:
-    root = Path(unit.shard)
-    for image in _folder_images(root)[unit.start : unit.stop]:
-        caption = image.with_suffix(".txt")
-        text = caption.read_bytes() if caption.exists() else None
-        yield image.relative_to(root).with_suffix("").as_posix(), image.read_bytes(), text, None
+def _folder_index(root: Path) -> dict[str, _Members]:
+    """Texts without an image (README.txt, a list of prompts) are no samples in a user's own folder."""
+    names: list[str] = []
+    for directory, folders, files in os.walk(root):
+        folders[:] = [folder for folder in folders if folder != "_tmp"]
+        below = Path(directory).relative_to(root)
+        names += [(below / file).as_posix() for file in files]
+    index = _group((name, name) for name in sorted(names))
+    return {key: members for key, members in index.items() if members.images}
 
 
-def _finished_tars(root: Path) -> list[Path]:
-    """img2dataset writes `NAME_stats.json` after a tar is complete; a set without any such file is taken as it is."""
-    tars = sorted(tar for tar in root.rglob("*.tar") if "_tmp" not in tar.parts)
-    finished = [tar for tar in tars if tar.with_name(f"{tar.stem}_stats.json").exists()]
-    return finished or tars
+def _finished_tars(root: Path) -> dict[Path, str]:
+    """Finished tars, and the prefix that makes the ids of each unique in the whole set.
+
+    img2dataset writes `NAME_stats.json` when a tar is complete, and numbers samples over all tars of a directory. A
+    directory without any such file holds other tars: they are taken as they are, and each may start at 0 again.
+    """
+    tars = sorted(tar for tar in root.rglob("*.tar") if "_tmp" not in tar.relative_to(root).parts)
+    by_img2dataset = {folder for folder in {tar.parent for tar in tars} if any(folder.glob("*_stats.json"))}
+    finished: dict[Path, str] = {}
+    for tar in tars:
+        place = tar.relative_to(root)
+        if tar.parent not in by_img2dataset:
+            finished[tar] = f"{place.with_suffix('').as_posix()}/"
+        elif tar.with_name(f"{tar.stem}_stats.json").exists():
+            finished[tar] = "" if tar.parent == root else f"{place.parent.as_posix()}/"
+    return finished
 
 
-def _tar_index(path: Path) -> dict[str, dict[str, list[tarfile.TarInfo]]]:
-    """Members by key and suffix. Raises ValueError for a damaged tar."""
-    keys: dict[str, dict[str, list[tarfile.TarInfo]]] = {}
+def _tar_index(path: Path) -> dict[str, _Members]:
+    """Members by key, from headers alone. Raises ValueError for a damaged tar."""
     try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                name = PurePosixPath(member.name)
-                if member.isfile() and name.suffix.lower() in (*IMAGE_SUFFIXES, ".txt"):
-                    keys.setdefault(str(name.with_suffix("")), {}).setdefault(name.suffix.lower(), []).append(member)
+        with tarfile.open(path, "r:") as tar:  # uncompressed, so that a header says where its bytes lie
+            return _group((member.name, member) for member in tar if member.isfile())
     except tarfile.TarError as error:
         raise ValueError(f"the shard {path} is damaged: {error}") from error
-    return keys
-
-
-def _read_tar(unit: Unit) -> Iterator[Row]:
-    index = _tar_index(Path(unit.shard))
-    with tarfile.open(unit.shard) as tar:
-        for key in sorted(index)[unit.start : unit.stop]:
-            members = index[key]
-            images = [member for suffix in IMAGE_SUFFIXES for member in members.get(suffix, [])]
-            texts = members.get(".txt", [])
-            if len(images) > 1 or len(texts) > 1:
-                yield key, None, None, ("duplicate-key", f"{len(images)} images, {len(texts)} captions")
-            else:
-                yield key, _bytes(tar, images), _bytes(tar, texts), None
-
-
-def _bytes(tar: tarfile.TarFile, members: list[tarfile.TarInfo]) -> bytes | None:
-    if not members:
-        return None
-    file = tar.extractfile(members[0])
-    return file.read() if file else None
 
 
 def decode_all(path: str, side: int, max_images: int) -> np.ndarray:
     """Images as (N,side,side,3) uint8 for training that holds them in memory; an even selection of a larger set.
 
-    Captions do not matter here beyond their presence. Raises ValueError where no image can be read.
+    What tokenizing would reject is left out and counted. Raises ValueError where no image can be read.
     """
     units = find_units(path)
-    every = max(1, -(-sum(unit.stop - unit.start for unit in units) // max_images))
+    total = sum(unit.num_samples for unit in units)
+    num = min(total, max_images)
+    wanted = np.arange(num) * total // num
     images: list[np.ndarray] = []
-    number = 0
+    first = 0
     for unit in units:
-        for row in read_unit(unit):
-            number += 1
-            if isinstance(row, Sample) and number % every == 0:
-                try:
-                    images.append(center_crop(decode_image(row.image), side))
-                except ValueError:
-                    continue  # tokenizing counts and names what cannot be read
+        rows = (wanted[(wanted >= first) & (wanted < first + unit.num_samples)] - first).tolist()
+        first += unit.num_samples
+        for sample in read_unit(unit, rows) if rows else ():
+            try:
+                if isinstance(sample, Sample):
+                    images.append(center_crop(decode_image(sample.image), side))
+            except ValueError:
+                continue  # tokenizing says by name and reason what cannot be read
     if not images:
         raise ValueError(f"none of the images in {path} can be read")
+    if len(images) < num:
+        print(f"{num - len(images)} of {num} images in {path} cannot be used and are left out", flush=True)
     return np.stack(images)
 
 

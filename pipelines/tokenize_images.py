@@ -1,8 +1,9 @@
 """Turn captioned images into a token dataset: Ray Data decodes on CPUs and encodes with the VQGAN, each image once.
 
-    python pipelines/tokenize_images.py --input runs/demo/images --vqgan runs/demo/vqgan/model --output runs/tokens --image-size 64
+    python pipelines/tokenize_images.py --input runs/demo/images --vqgan runs/demo/vqgan/model --output runs/x --image-size 64
 
-The same command again continues with the units that are not finished; a finished job says so and does nothing.
+The same command again continues with the units that are not finished; a finished job says so and does nothing. Tars that
+img2dataset has finished since are added.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import pickle
 import time
+import warnings
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +27,12 @@ from ray.data import ActorPoolStrategy, DataContext
 from tqdm import tqdm
 
 from paella.bundle import load_vqgan
+from paella.config import VQConfig
 from paella.images import center_crop, decode_image, to_tensor
 from paella.storage import new_file
 from pipelines import cli
 from pipelines.sources import Reject, Sample, Unit, find_units, read_unit
-from pipelines.token_dataset import TokenFormat
+from pipelines.token_dataset import FORMAT_VERSION, TokenFormat
 
 REJECTS = pa.schema([(name, pa.string()) for name in ("id", "stage", "reason", "detail")])
 
@@ -69,49 +72,74 @@ def run(config: TokenizeConfig) -> Path:
         )
     units = find_units(config.input, config.rows_per_unit)
     output = cli.require_writable(config.output)
-    (output / "rejects").mkdir(exist_ok=True)
     cli.require_same_config(output, cli.config_values(config) | {"vqgan": digest})
+    _require_same_input(config, units)
     unfinished = [unit for unit in units if not (output / shard_name(unit)).exists()]
-    if not unfinished and (output / "dataset.json").exists():
+    if not unfinished and _listed(output) == len(units):
         print(f"tokenizing is finished: {output}")
         return output
-    began = time.monotonic()
-    _tokenize(config, unfinished, sum(unit.stop - unit.start for unit in units))
-    info = _write_info(config, digest, model.config.codebook_size, units, time.monotonic() - began)
+    seconds = _tokenize(config, unfinished, _count(units)) if unfinished else 0.0
+    info = _write_info(config, digest, model.config, units)
+    rate = _count(unfinished) / seconds if seconds else 0.0
+    _finish(output, info | {"seconds": round(seconds, 2), "images_per_s": round(rate, 1)})
     print(f"rows in {info['rows_in']} = written {info['rows']} + rejected {info['rejected']}: {output}")
     return output
 
 
 def shard_name(unit: Unit) -> str:
-    """The unit's output shard; the digest keeps shards of the same name in different folders apart."""
-    place = hashlib.sha256(unit.shard.encode()).hexdigest()[:6]
-    return f"part-{place}-{unit.name}.parquet"
+    """The unit's output shard."""
+    return f"part-{unit.name}.parquet"
 
 
-def _tokenize(config: TokenizeConfig, units: list[Unit], total: int) -> None:
+def _count(units: list[Unit]) -> int:
+    return sum(unit.num_samples for unit in units)
+
+
+def _listed(output: Path) -> int:
+    """How many shards the finished dataset has; 0 where there is none yet."""
+    file = output / "dataset.json"
+    return len(json.loads(file.read_text())["shards"]) if file.exists() else 0
+
+
+def _require_same_input(config: TokenizeConfig, units: list[Unit]) -> None:
+    """Raises ValueError where shards hold samples that the input lists otherwise now: some would be there twice."""
+    output = Path(config.output)
+    for leftover in [*output.glob(".part-*.tmp"), *output.glob("rejects/.part-*.tmp")]:  # of a killed job
+        leftover.unlink(missing_ok=True)
+    strange = {file.name for file in output.glob("part-*.parquet")} - {shard_name(unit) for unit in units}
+    if strange:
+        raise ValueError(
+            f"files were added to or removed from {config.input} since {len(strange)} of the shards in {output} were "
+            "written; choose another --output"
+        )
+
+
+def _tokenize(config: TokenizeConfig, units: list[Unit], total: int) -> float:
+    """Write the units' shards; returns the seconds it took. Each task yields a count when its shard is in place."""
     cli.start_ray()
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    rows = [{"unit": dataclasses.asdict(unit)} for unit in units]
-    cpus = int(ray.cluster_resources().get("CPU", 2))
+    DataContext.get_current().enable_progress_bars = False  # one bar in images says more than one per operator
+    resources = ray.cluster_resources()
+    gpus = int(resources.get("GPU", 0))
     dataset = (
-        ray.data.from_items(rows, override_num_blocks=max(1, len(rows)))
-        .flat_map(DecodeUnit(config.image_size))
+        ray.data.from_items([{"unit": pickle.dumps(unit)} for unit in units], override_num_blocks=len(units))
+        .map_batches(DecodeUnit(config.image_size), batch_size=1, batch_format="pyarrow")
         .map_batches(
             EncodeUnit,
             fn_constructor_args=(config,),
-            batch_size=None,
+            batch_size=1,
             batch_format="pyarrow",
             zero_copy_batch=True,
-            compute=ActorPoolStrategy(min_size=1, max_size=max(1, cpus - 1)),
+            # on CPUs one is left for decoding, or nothing would ever reach the encoders
+            compute=ActorPoolStrategy(min_size=1, max_size=gpus or max(1, int(resources.get("CPU", 2)) - 1)),
             num_cpus=1,
-            num_gpus=1 if ray.cluster_resources().get("GPU") else 0,
+            num_gpus=1 if gpus else 0,
         )
     )
-    done = total - sum(unit.stop - unit.start for unit in units)
-    with tqdm(total=total, initial=done, unit="images", desc="tokens", mininterval=2) as bar:
+    began = time.monotonic()
+    with tqdm(total=total, initial=total - _count(units), unit="images", desc="tokens", mininterval=2) as bar:
         for row in dataset.iter_rows():
-            bar.update(int(row["rows_in"]))
+            bar.update(row["rows_in"])
+    return time.monotonic() - began
 
 
 class DecodeUnit:
@@ -120,29 +148,36 @@ class DecodeUnit:
     def __init__(self, image_size: int) -> None:
         self.image_size = image_size
 
-    def __call__(self, row: dict) -> Iterator[dict]:
-        unit = Unit(**row["unit"])
-        images: list[np.ndarray] = []
+    def __call__(self, table: pa.Table) -> pa.Table:
+        warnings.filterwarnings("ignore", module="PIL")  # odd metadata is common, and one line per image is noise
+        packed = table["unit"][0].as_py()
+        unit: Unit = pickle.loads(packed)
+        images = np.empty((unit.num_samples, self.image_size, self.image_size, 3), np.uint8)
         samples: list[dict] = []
         rejects: list[dict] = []
         for item in read_unit(unit):
-            if isinstance(item, Sample):
-                item = self._decode(item, images, samples)
-            if isinstance(item, Reject):
-                rejects.append(dataclasses.asdict(item))
-        yield {
-            "unit": json.dumps(dataclasses.asdict(unit)),
-            "images": b"".join(image.tobytes() for image in images),
-            "samples": json.dumps(samples),
-            "rejects": json.dumps(rejects),
-        }
+            reject = item if isinstance(item, Reject) else self._decode(item, images, samples)
+            if reject:
+                rejects.append(dataclasses.asdict(reject))
+        pixels = pa.py_buffer(images[: len(samples)].reshape(-1))
+        return pa.table(
+            {
+                "unit": [packed],
+                # without a copy, and not limited to the 2 GB of a plain binary column
+                "images": pa.Array.from_buffers(
+                    pa.large_binary(), 1, [None, pa.py_buffer(np.array([0, pixels.size], np.int64)), pixels]
+                ),
+                "samples": [json.dumps(samples)],
+                "rejects": [json.dumps(rejects)],
+            }
+        )
 
-    def _decode(self, sample: Sample, images: list[np.ndarray], samples: list[dict]) -> Reject | None:
+    def _decode(self, sample: Sample, images: np.ndarray, samples: list[dict]) -> Reject | None:
         try:
             image = decode_image(sample.image)
         except ValueError as error:
             return Reject(sample.id, "decode", "unreadable-image", str(error))
-        images.append(center_crop(image, self.image_size))
+        images[len(samples)] = center_crop(image, self.image_size)
         digest = hashlib.sha256(sample.image).hexdigest()
         samples.append(
             {"id": sample.id, "caption": sample.caption, "width": image.width, "height": image.height, "sha256": digest}
@@ -159,28 +194,25 @@ class EncodeUnit:
     def __init__(self, config: TokenizeConfig) -> None:
         self.config = config
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.backends.cudnn.allow_tf32 = False  # convolutions on GPUs are not float32 otherwise
         self.model, digest = load_vqgan(config.vqgan)
-        self.model.to(self.device, memory_format=torch.channels_last)
+        self.model.to(self.device)
         side = config.image_size // self.model.config.downsampling
         self.format = TokenFormat(
             grid_height=side, grid_width=side, codebook_size=self.model.config.codebook_size, vqgan_digest=digest
         )
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        counts = [self._unit(row) for row in table.to_pylist()]
-        return pa.table({"rows_in": counts})
-
-    def _unit(self, row: dict) -> int:
-        unit = Unit(**json.loads(row["unit"]))
-        samples, rejects = json.loads(row["samples"]), json.loads(row["rejects"])
+        unit: Unit = pickle.loads(table["unit"][0].as_py())
+        samples, rejects = (json.loads(table[name][0].as_py()) for name in ("samples", "rejects"))
         side = self.config.image_size
-        images = np.frombuffer(row["images"], dtype=np.uint8).reshape(-1, side, side, 3)
+        images = np.frombuffer(table["images"][0].as_buffer(), dtype=np.uint8).reshape(-1, side, side, 3)
         output, name = Path(self.config.output), shard_name(unit)
         with new_file(output / "rejects" / name) as file:
             pq.write_table(pa.Table.from_pylist(rejects, schema=REJECTS), file)
-        with new_file(output / name) as file:
+        with new_file(output / name) as file:  # last: a shard that exists is a finished unit
             pq.write_table(self._table(samples, images), file)
-        return len(samples) + len(rejects)
+        return pa.table({"rows_in": [len(samples) + len(rejects)]})
 
     @torch.inference_mode()
     def _table(self, samples: list[dict], images: np.ndarray) -> pa.Table:
@@ -195,37 +227,44 @@ class EncodeUnit:
         return pa.table([arrays[name] for name in schema.names], schema=schema)
 
 
-def _write_info(config: TokenizeConfig, digest: str, codebook_size: int, units: list[Unit], seconds: float) -> dict:
-    """Count what lies in the shards and write `dataset.json`, which marks the dataset as complete."""
+def _write_info(config: TokenizeConfig, digest: str, vqgan: VQConfig, units: list[Unit]) -> dict:
+    """What lies in the shards, counted there. Raises ValueError where that is nothing."""
     output = Path(config.output)
     names = [shard_name(unit) for unit in units]
     shards = [{"file": name, "rows": pq.read_metadata(output / name).num_rows} for name in names]
     rejects: Counter[str] = Counter()
     for name in names:
         rejects.update(pq.read_table(output / "rejects" / name, columns=["reason"])["reason"].to_pylist())
-    rows, rows_in = sum(shard["rows"] for shard in shards), sum(unit.stop - unit.start for unit in units)
+    rows, rows_in = sum(shard["rows"] for shard in shards), _count(units)
     if rows_in != rows + rejects.total():
         raise RuntimeError(f"{rows_in} rows in, but {rows} written and {rejects.total()} rejected: a bug, please report it")
     if rows == 0:
+        for name in names:  # or the same command would call the job finished once the images are repaired
+            (output / name).unlink()
         reason, count = rejects.most_common(1)[0]
-        raise ValueError(f"none of the {rows_in} samples in {config.input} can be used; {count} times: {reason}")
-    info = {
-        "format_version": 1,
+        raise ValueError(
+            f"none of the {rows_in} samples in {config.input} can be used; {count} of them: {reason} "
+            f"(details in {output / 'rejects'})"
+        )
+    return {
+        "format_version": FORMAT_VERSION,
         "rows": rows,
         "rows_in": rows_in,
         "rejected": rejects.total(),
-        "rejects": dict(rejects),
+        "rejects": dict(rejects.most_common()),
         "shards": shards,
         "image_size": config.image_size,
-        "codebook_size": codebook_size,
+        "grid": [config.image_size // vqgan.downsampling] * 2,
+        "codebook_size": vqgan.codebook_size,
         "vqgan_digest": digest,
         "config": cli.config_values(config),
-        "seconds": round(seconds, 2),
-        "images_per_s": round(rows_in / max(seconds, 1e-9), 1),
     }
+
+
+def _finish(output: Path, info: dict) -> None:
+    """Write `dataset.json`, which marks the dataset as complete."""
     with new_file(output / "dataset.json") as file:
         file.write_text(json.dumps(info, indent=1) + "\n")
-    return info
 
 
 if __name__ == "__main__":

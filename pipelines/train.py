@@ -64,6 +64,8 @@ class TrainConfig:
     """Of the cross-entropy."""
     drop_caption: float = 0.05
     """Share of captions dropped, for classifier-free guidance."""
+    t_scale: float = 1.08
+    """Noise levels are uniform up to this, cut at 1: a share 1 - 1/t_scale of the images is all noise (published: 1.08)."""
     seed: int = 0
     """Order of the samples, noise and initial weights."""
     checkpoint_every: int = 5000
@@ -83,6 +85,8 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed: an integer of at least 1")
         if self.global_batch_size % self.num_workers:
             raise ValueError(f"global_batch_size={self.global_batch_size} must be a multiple of num_workers={self.num_workers}")
+        if not 1 <= self.t_scale <= 10:
+            raise ValueError(f"t_scale={self.t_scale} is not allowed: 1 to 10")
         if self.precision not in ("auto", "bf16", "float32"):
             raise ValueError(f"precision={self.precision!r} is not allowed: auto, bf16 or float32")
 
@@ -95,14 +99,15 @@ def presets() -> dict[str, TrainConfig]:
     tiny = TrainConfig(
         **places,
         model=PRESETS["tiny"],
-        optim=OptimConfig(lr=2e-3, warmup_steps=100, final_lr_fraction=0.02, betas=(0.9, 0.99)),
-        steps=3000,
+        optim=OptimConfig(lr=1e-3, warmup_steps=100, final_lr_fraction=0.02, betas=(0.9, 0.99)),
+        steps=2200,
         global_batch_size=64,
         num_workers=2,
         ema_decay=0.995,
         drop_caption=0.1,
+        t_scale=2.5,
         checkpoint_every=200,
-        sample_every=750,
+        sample_every=500,
         sampling=SamplingConfig(temperature=(1.0, 0.3), cfg=(4.0, 4.0)),
     )
     small = TrainConfig(**places, model=PRESETS["small"], steps=100_000, global_batch_size=256, ema_decay=0.999)
@@ -220,7 +225,7 @@ def train_step(
     tokens = torch.from_numpy(batch.tokens)
     first = step * config.global_batch_size + rank * len(tokens)
     numbers = range(first, first + len(tokens))
-    draws = draw_noise(tokens, config.model.unet.num_labels, config.seed, numbers, config.drop_caption)
+    draws = draw_noise(tokens, config.model.unet.num_labels, config.seed, numbers, config.drop_caption, config.t_scale)
     text = model.text.tokenize(batch.captions)
     inputs = (draws.noised, draws.t, text.ids, text.mask, draws.keep)
     clip = model.text.clip_embeddings(batch.captions)

@@ -40,21 +40,27 @@ def test_noise_has_its_rate_and_captions_are_dropped():
         add_noise(tokens, draws.t)
 
 
+def test_noise_levels_reach_all_noise():
+    draws = draw_noise(torch.zeros(500, 2, 2, dtype=torch.long), 16, 0, range(500), 0.0, t_scale=2.0)
+    assert abs((draws.t == 1).float().mean().item() - 0.5) < 0.07
+    assert 0 < draws.t.min() < 0.05
+
+
 def test_loss_falls_on_one_batch_and_dropped_captions_do_not_matter():
     torch.manual_seed(0)
     model = TextToTokens(SMALL)
-    optimizer = OptimConfig(lr=3e-3, warmup_steps=1).optimizer(model.parameters())
+    optimizer = OptimConfig(lr=1e-2, warmup_steps=1).optimizer(model.parameters())
     tokens = torch.randint(4, (8, 8, 8))
     text = model.text.tokenize([f"caption {i}" for i in range(8)])
     draws = draw_noise(tokens, 256, 0, range(8), 0.0)
     losses = []
-    for _ in range(30):
+    for _ in range(60):
         loss, _ = loss_and_metrics(model(draws.noised, draws.t, text.ids, text.mask, draws.keep), tokens, draws, 0.0)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.6 * losses[0]
     model.eval()
     nothing = torch.zeros(8, dtype=torch.bool)
     other = model.text.tokenize([f"another {i}" for i in range(8)])

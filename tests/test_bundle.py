@@ -1,0 +1,177 @@
+"""Bundles: what is saved is what is loaded, and what does not fit is named."""
+
+import json
+
+import pytest
+import torch
+from conftest import small_config
+from safetensors.torch import load_file, save_file
+
+import paella
+from paella.bundle import load_bundle, load_vqgan, save_bundle, state_digest
+from paella.conditioning import TextEncoders, load_clip
+from paella.config import TextConfig
+from paella.storage import local_directory, new_directory, new_file
+
+
+def copied(bundle, tmp_path):
+    import shutil
+
+    return shutil.copytree(bundle, tmp_path / "bundle")
+
+
+def test_round_trip(model_bundle):
+    bundle = load_bundle(str(model_bundle))
+    assert bundle.config == small_config()
+    assert not bundle.unet.training
+    tokens = bundle.generate_tokens(["a red circle", "b"], [1, 2])
+    images = bundle.decode(tokens)
+    assert images.shape == (2, 3, 64, 64)
+    assert 0 <= images.min() <= images.max() <= 1
+    again = load_bundle(str(model_bundle)).generate_tokens(["a red circle", "b"], [1, 2])
+    assert torch.equal(tokens, again)
+
+
+def test_the_package_exports_the_documented_names():
+    for name in ("Paella", "PaellaConfig", "VQModel", "VQConfig", "sample", "load_bundle"):
+        assert hasattr(paella, name)
+
+
+def test_importing_paella_does_not_import_ray():
+    import subprocess
+    import sys
+
+    code = "import paella, paella.training, paella.parallel, sys; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_vqgan_alone(vqgan_bundle):
+    _, digest = load_vqgan(str(vqgan_bundle))
+    assert digest == state_digest(load_file(vqgan_bundle / "vqgan.safetensors"))
+    with pytest.raises(ValueError, match="no U-Net"):
+        load_bundle(str(vqgan_bundle))
+
+
+def test_other_weights_than_the_config_says(model_bundle, tmp_path):
+    bundle = copied(model_bundle, tmp_path)
+    state = load_file(bundle / "vqgan.safetensors")
+    state["out_block.0.bias"] += 1
+    save_file(state, bundle / "vqgan.safetensors")
+    with pytest.raises(ValueError, match=r"has digest \w{64}, but config.json says \w{64}"):
+        load_bundle(str(bundle))
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "shape", "pickle"])
+def test_damaged_weights(model_bundle, tmp_path, damage):
+    bundle = copied(model_bundle, tmp_path)
+    file = bundle / "unet.safetensors"
+    if damage == "truncate":
+        file.write_bytes(file.read_bytes()[:1000])
+    elif damage == "remove":
+        file.unlink()
+    elif damage == "shape":
+        state = load_file(file)
+        state["clf.1.bias"] = state["clf.1.bias"][:-1].clone()
+        save_file(state, file)
+    else:
+        torch.save({"x": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match=r"unet\.safetensors cannot be loaded"):
+        load_bundle(str(bundle))
+
+
+def test_not_a_bundle(tmp_path):
+    with pytest.raises(ValueError, match="there is no directory"):
+        load_bundle(str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match="is not a bundle"):
+        load_bundle(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"format_version": 99}))
+    with pytest.raises(ValueError, match="bundle format 99"):
+        load_bundle(str(tmp_path))
+
+
+def test_bundle_from_a_uri(model_bundle):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(str(model_bundle) + "/", "/models/small/", recursive=True)
+    bundle = load_bundle("memory://models/small")
+    assert bundle.digest == load_bundle(str(model_bundle)).digest
+    with pytest.raises(ValueError, match="there is nothing at"):
+        local_directory("memory://models/other")
+
+
+def test_outputs_appear_whole_or_not_at_all(tmp_path):
+    with pytest.raises(RuntimeError), new_directory(tmp_path / "d") as directory:
+        (directory / "x").write_text("half")
+        raise RuntimeError
+    with pytest.raises(RuntimeError), new_file(tmp_path / "f") as file:
+        file.write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with new_file(tmp_path / "f") as file:
+        file.write_text("whole")
+    assert (tmp_path / "f").read_text() == "whole"
+
+
+def test_text_encoder_is_saved_in_the_hubs_format(model_bundle):
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    directory = model_bundle / "encoders" / "byt5"
+    assert type(AutoTokenizer.from_pretrained(directory)).__name__ == "ByT5Tokenizer"
+    assert T5EncoderModel.from_pretrained(directory).config.d_model == 128
+
+
+def test_byte_tokens_masks_and_truncation():
+    text = TextEncoders.create(small_config().text)
+    batch = text.tokenize(["ab", "x" * 500])
+    assert batch.ids.shape == (2, 128)
+    assert batch.ids[0, :3].tolist() == [ord("a") + 3, ord("b") + 3, 1]
+    assert batch.mask.sum(1).tolist() == [3, 128]
+    assert batch.truncated == (False, True)
+    states = text(["ab", "a longer one"])["byt5"]
+    torch.testing.assert_close(states[:1, :3], text(["ab"])["byt5"])
+    assert (states[0, 3:] == 0).all()
+
+
+def test_encoders_that_cannot_be_loaded(tmp_path):
+    (tmp_path / "broken").mkdir()
+    with pytest.raises(ValueError, match="the text encoder 'broken' cannot be loaded"):
+        TextEncoders.load(TextConfig(byt5="broken"), tmp_path)
+    with pytest.raises(ValueError, match="the CLIP model 'broken' cannot be loaded"):
+        load_clip("broken", tmp_path)
+    with pytest.raises(ValueError, match=r"text\.new_byt5 is not set"):
+        TextEncoders.create(TextConfig())
+
+
+def test_clip_through_open_clip(model_bundle, tmp_path):
+    """A small CLIP in open_clip's own format is loaded by the same code as ViT-H-14, and reaches the U-Net."""
+    import dataclasses
+
+    import open_clip
+    from safetensors.torch import save_model
+
+    from paella.unet import Paella
+    from paella.vqgan import VQModel
+
+    cfg = {
+        "embed_dim": 64,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16, "head_width": 32},
+        "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
+    }
+    bundle = tmp_path / "bundle"
+    config = small_config()
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, clip="encoders/clip"))
+    unet = Paella(config.unet)
+    torch.nn.init.normal_(unet.clf[1].weight)
+    save_bundle(bundle, config, unet.state_dict(), VQModel(config.vqgan), TextEncoders.create(config.text), "card")
+    clip = open_clip.model.CLIP(**cfg)
+    directory = bundle / "encoders" / "clip"
+    directory.mkdir()
+    (directory / "open_clip_config.json").write_text(json.dumps({"model_cfg": cfg, "preprocess_cfg": {}}))
+    save_model(clip, str(directory / "open_clip_model.safetensors"))
+    loaded = load_bundle(str(bundle))
+    conditions = loaded.text(["a red circle"])
+    assert conditions["clip"].shape == (1, 64)
+    tokens, t = torch.zeros(1, 16, 16, dtype=torch.long), torch.ones(1)
+    with_clip = loaded.unet(tokens, t, **conditions)
+    assert not torch.equal(with_clip, loaded.unet(tokens, t, **(conditions | {"clip": conditions["clip"] * 0})))

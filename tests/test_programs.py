@@ -1,0 +1,223 @@
+"""VQGAN training, U-Net training, generation and the demo as a user runs them: whole runs, kills, reruns, bad input."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, SMALL_VQ, assert_one_sentence, small_config
+from PIL import Image
+
+from paella.bundle import load_bundle, load_vqgan
+from paella.images import to_uint8
+from paella.sampler import SamplingConfig
+from pipelines import generate, tracking, train, train_vqgan
+from pipelines.tokenize_images import TokenizeConfig
+from pipelines.tokenize_images import run as tokenize
+
+
+@pytest.fixture(scope="module")
+def tokens(ray_session, scene_shards, vqgan_bundle, tmp_path_factory):
+    output = tmp_path_factory.mktemp("tokens") / "set"
+    return tokenize(TokenizeConfig(input=str(scene_shards), vqgan=str(vqgan_bundle), output=str(output), image_size=64))
+
+
+def small_training(tokens, vqgan_bundle, output, **changes) -> train.TrainConfig:
+    values = {
+        "data": str(tokens), "vqgan": str(vqgan_bundle), "output": str(output), "model": small_config(), "steps": 12,
+        "global_batch_size": 16, "checkpoint_every": 4, "sample_every": 6, "register_as": "test-model",
+        "sampling": SamplingConfig(num_inference_steps=2),
+    }  # fmt: skip
+    return dataclasses.replace(train.presets()["tiny"], **(values | changes))
+
+
+@pytest.fixture(scope="module")
+def trained(tokens, vqgan_bundle, tmp_path_factory):
+    """A finished run of 12 steps on two workers."""
+    output = tmp_path_factory.mktemp("train") / "run"
+    train.run(small_training(tokens, vqgan_bundle, output))
+    return output
+
+
+def test_training_leaves_a_bundle_samples_and_one_mlflow_run(trained):
+    bundle = load_bundle(str(trained / "model"))
+    assert bundle.config.unet == small_config().unet
+    assert sorted(file.name for file in (trained / "samples").iterdir()) == ["step-0000006.png", "step-0000012.png"]
+    run = tracking.Run(**json.loads((trained / "mlflow_run.json").read_text()))
+    info = run.client().get_run(run.run_id)
+    assert info.info.status == "FINISHED"
+    assert info.data.params["global_batch_size"] == "16"
+    for name in ("loss", "accuracy", "grad_norm", "lr", "images_per_s"):
+        assert np.isfinite(info.data.metrics[name])
+    assert any(name.startswith("loss_t_") for name in info.data.metrics)
+    uri = (trained / "registered_model.txt").read_text().strip()
+    os.environ["MLFLOW_TRACKING_URI"] = run.tracking_uri
+    try:
+        import mlflow
+
+        mlflow.set_tracking_uri(run.tracking_uri)
+        assert load_bundle(uri).digest == bundle.digest
+    finally:
+        del os.environ["MLFLOW_TRACKING_URI"]
+
+
+def test_finished_training_does_nothing(trained, tokens, vqgan_bundle, capsys):
+    before = {file: file.stat().st_mtime_ns for file in trained.rglob("*") if file.is_file()}
+    train.run(small_training(tokens, vqgan_bundle, trained))
+    assert "training is finished" in capsys.readouterr().out
+    assert before == {file: file.stat().st_mtime_ns for file in trained.rglob("*") if file.is_file()}
+
+
+def test_training_killed_and_rerun_continues(tokens, vqgan_bundle, tmp_path):
+    output = tmp_path / "run"
+    command = [
+        sys.executable, ROOT / "pipelines/train.py", "tiny", "--data", tokens, "--vqgan", vqgan_bundle, "--output", output,
+        "--model.unet.num-labels", "32", "--model.unet.c-hidden", "16", "16", "--model.unet.nhead", "2", "2",
+        "--model.unet.blocks", "1", "1", "--model.unet.level-config", "CT", "CTA", "--model.vqgan.codebook-size", "32",
+        "--global-batch-size", "16", "--steps", "40", "--checkpoint-every", "4", "--sample-every", "1000",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 200
+    while not list(output.glob("checkpoints/checkpoint_*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert list(output.glob("checkpoints/checkpoint_*")), "no checkpoint was written"
+    assert not (output / "model").exists(), "the run was over before it was killed"
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    begun = [line for line in finished.stdout.splitlines() if "from step" in line]
+    assert begun and "from step 0" not in begun[0], begun
+    assert (output / "model" / "config.json").exists()
+
+
+def test_vqgan_training(ray_session, scene_shards, tmp_path):
+    config = dataclasses.replace(
+        train_vqgan.presets()["tiny"], data=str(scene_shards), output=str(tmp_path / "vqgan"), model=SMALL_VQ, steps=80,
+        continuous_steps=20, revive_every=10, checkpoint_every=30, batch_size=16,
+    )  # fmt: skip
+    bundle = train_vqgan.run(config)
+    model, _ = load_vqgan(str(bundle))
+    assert model.config == SMALL_VQ
+    report = json.loads((tmp_path / "vqgan" / "report.json").read_text())
+    assert report["codebook_use"] > 0.3
+    assert report["psnr"] > 10
+    assert (tmp_path / "vqgan" / "reconstructions.png").exists()
+
+
+@pytest.fixture(scope="module")
+def pictures(ray_session, model_bundle, tmp_path_factory):
+    root = tmp_path_factory.mktemp("pictures")
+    (root / "prompts.txt").write_text("a red circle\n\n<script>alert(1)</script>\nblue & green\n")
+    config = generate.GenerateConfig(
+        model=str(model_bundle), prompts=str(root / "prompts.txt"), output=str(root / "out"), images_per_prompt=2,
+        seed=5, batch_size=4, sampling=SamplingConfig(num_inference_steps=2),
+    )  # fmt: skip
+    generate.run(config)
+    return config
+
+
+def test_generated_pictures_are_the_librarys(pictures, model_bundle):
+    rows = sorted(pq.read_table(f"{pictures.output}/manifest").to_pylist(), key=lambda row: row["order"])
+    assert [row["seed"] for row in rows] == [5, 6, 7, 8, 9, 10]
+    bundle = load_bundle(str(model_bundle))
+    for row in (rows[0], rows[5]):
+        tokens = bundle.generate_tokens([row["prompt"]], [row["seed"]], sampling=pictures.sampling)
+        image = Image.open(f"{pictures.output}/{row['file']}")
+        assert np.array_equal(np.asarray(image), to_uint8(bundle.decode(tokens))[0])
+        assert image.text["prompt"] == row["prompt"]
+        assert image.text["bundle"] == bundle.digest
+        assert "made by a model" in image.text["generator"]
+
+
+def test_gallery_escapes_prompts(pictures):
+    page = Path(pictures.output, "index.html").read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    assert Image.open(f"{pictures.output}/contact_sheet.png").width > 100
+
+
+def test_generation_makes_only_what_is_missing(pictures, capsys):
+    generate.run(pictures)
+    assert "generation is finished" in capsys.readouterr().out
+    manifest = sorted(os.scandir(f"{pictures.output}/manifest"), key=lambda entry: entry.name)
+    lost = pq.read_table(manifest[0].path).to_pylist()
+    os.unlink(manifest[0].path)
+    kept = {entry.name: entry.stat().st_mtime_ns for entry in manifest[1:]}
+    before = {row["id"]: row["sha256"] for row in lost}
+    generate.run(pictures)
+    rows = pq.read_table(f"{pictures.output}/manifest").to_pylist()
+    assert len({row["id"] for row in rows}) == len(rows) == 6
+    assert before.items() <= {row["id"]: row["sha256"] for row in rows}.items()
+    after = {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(f"{pictures.output}/manifest")}
+    assert kept.items() <= after.items()
+
+
+@pytest.mark.parametrize(
+    "name, text, expected",
+    [
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b"}\n', ["a", "b"]),
+        ("p.csv", "id,caption\n1,a\n2,\n", ["a"]),
+        ("p.tsv", "Prompt\tCategory\na b\tX\n", ["a b"]),
+    ],
+)
+def test_prompt_files(tmp_path, name, text, expected):
+    (tmp_path / name).write_text(text)
+    assert generate.read_prompts(str(tmp_path / name)) == expected
+
+
+@pytest.mark.parametrize(
+    "name, text, words",
+    [
+        ("p.doc", "x", "unknown format"),
+        ("p.csv", "a,b\n1,2\n", "no column prompt or caption"),
+        ("p.txt", "\n \n", "no prompts in"),
+        ("missing.txt", None, "there is no file"),
+    ],
+)
+def test_bad_prompt_files(tmp_path, name, text, words):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=words):
+        generate.read_prompts(str(tmp_path / name))
+
+
+def test_training_refuses_what_does_not_fit(tokens, vqgan_bundle, model_bundle, tmp_path):
+    cases = [
+        ({"vqgan": str(model_bundle)}, "were made by VQGAN"),
+        ({"global_batch_size": 1000}, "fewer than global_batch_size"),
+        ({"model": train.PRESETS["tiny"]}, "codebook of 32 codes"),
+        ({"sample_prompts": str(tmp_path / "none.txt")}, "cannot be read"),
+    ]
+    for changes, words in cases:
+        with pytest.raises(ValueError, match=words):
+            train.run(small_training(tokens, vqgan_bundle, tmp_path / "out", **changes))
+        assert not (tmp_path / "out").exists()
+    for changes in ({"steps": 0}, {"num_workers": 3}, {"precision": "fp8"}):
+        with pytest.raises(ValueError, match=next(iter(changes))):
+            small_training(tokens, vqgan_bundle, tmp_path / "out", **changes)
+
+
+def test_command_line_errors(program, tmp_path):
+    places = ["--data", tmp_path, "--vqgan", tmp_path, "--output", tmp_path / "o"]
+    for arguments in (["huge", *places], ["tiny", *places, "--stepz", "3"], ["tiny", *places, "--steps", "many"]):
+        process = program("train", *arguments)
+        assert process.returncode == 2
+        assert "Traceback" not in process.stderr
+    process = program("train", "tiny", *places)
+    assert_one_sentence(process, "is not a finished token dataset")
+    assert "paella-1b" in program("train", "--help").stdout
+    process = program("train_vqgan", "tiny", "--data", tmp_path / "none", "--output", tmp_path / "o")
+    assert_one_sentence(process, "is not a directory")
+    process = program("generate", "--model", tmp_path / "none", "--prompts", "x.txt", "--output", tmp_path / "o")
+    assert_one_sentence(process, "there is no directory")
+    assert not (tmp_path / "o").exists()
