@@ -50,6 +50,12 @@ class ResBlock(nn.Module):
             nn.Linear(width * 4, width),
         )
 
+    @property
+    def last_linear(self) -> nn.Linear:
+        last = self.channelwise[4]
+        assert isinstance(last, nn.Linear)
+        return last
+
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         hidden = x if skip is None else torch.cat([x, skip], dim=1)  # (B,C or 2C,H,W)
         hidden = self.norm(self.depthwise(hidden)).permute(0, 2, 3, 1)  # (B,H,W,C)

@@ -128,7 +128,7 @@ def load_bundle(uri: str, device: str | torch.device = "cpu", dtype: torch.dtype
     text = TextEncoders.load(config.text, root)
     modules: list[nn.Module] = [unet, vqgan, text]
     for module in modules:
-        module.to(device=device, dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+        module.to(device, dtype).eval().requires_grad_(False)
     return Bundle(config, unet, vqgan, text, digests["unet"])
 
 

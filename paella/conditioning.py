@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ class Tokenized:
 class TextEncoders(nn.Module):
     """The text encoders of one model: a T5-family encoder and, by config, a CLIP text tower."""
 
-    def __init__(self, config: TextConfig, byt5: T5EncoderModel, tokenizer, clip: nn.Module | None = None, clip_tokenizer=None):
+    def __init__(self, config: TextConfig, byt5: T5EncoderModel, tokenizer, clip: Any = None, clip_tokenizer=None):
         super().__init__()
         self.config = config
         self.byt5 = byt5
@@ -53,7 +54,6 @@ class TextEncoders(nn.Module):
             num_heads=size.num_heads,
             dropout_rate=0.0,
             feed_forward_proj="gated-gelu",
-            tie_word_embeddings=False,
         )
         return cls(config, T5EncoderModel(t5), ByT5Tokenizer())
 

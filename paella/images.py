@@ -24,7 +24,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
-            image = Image.open(io.BytesIO(data))
+            image: Image.Image = Image.open(io.BytesIO(data))
         if image.width * image.height > max_pixels:
             raise ValueError(f"{image.width}x{image.height} pixels, more than {max_pixels}")
         image = ImageOps.exif_transpose(image)

@@ -42,7 +42,9 @@ def count_parameters(module: nn.Module) -> int:
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The unsharded state on rank 0's CPU (other ranks: empty). Every rank must call it."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def mean_over_workers(values: Tensor) -> Tensor:

@@ -7,17 +7,29 @@ any mix. B batch, K codes, H W token grid.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from paella.config import PaellaConfig
 from paella.objective import add_noise
 
 Conditions = Mapping[str, Tensor]  # keyword arguments of Paella.forward
 MAX_SEED = 2**32 - 1
+
+
+class Predictor(Protocol):
+    """What `sample` needs of a model: a `Paella`, or a module around one."""
+
+    config: PaellaConfig
+
+    def __call__(self, tokens: Tensor, t: Tensor, **conditions: Tensor) -> Tensor: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +60,7 @@ class SamplingConfig:
 
 @torch.inference_mode()
 def sample(
-    model: nn.Module,
+    model: Predictor,
     conditions: Conditions,
     unconditional: Conditions,
     *,
@@ -91,7 +103,7 @@ def sample(
 
 
 def guided_logits(
-    model: nn.Module, tokens: Tensor, t: Tensor, conditions: Conditions, unconditional: Conditions, cfg: float
+    model: Predictor, tokens: Tensor, t: Tensor, conditions: Conditions, unconditional: Conditions, cfg: float
 ) -> Tensor:
     """Classifier-free guidance: cfg · conditional + (1 − cfg) · unconditional logits, (B,K,H,W)."""
     logits = model(tokens, t, **conditions)

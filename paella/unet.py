@@ -84,19 +84,23 @@ class Paella(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        codes, fold, unfold, classifier = self.in_mapper[0], self.embedding[1], self.clf[1], self.out_mapper[1]
+        assert isinstance(codes, nn.Embedding) and isinstance(fold, nn.Conv2d)
+        assert isinstance(unfold, nn.Conv2d) and isinstance(classifier, nn.Conv2d)
         for mapper in (self.byt5_mapper, self.clip_mapper, self.clip_image_mapper):
             nn.init.normal_(mapper.weight, std=0.02)
-        nn.init.xavier_uniform_(self.embedding[1].weight, 0.02)
+        nn.init.xavier_uniform_(fold.weight, 0.02)
         # not published: a constant part of the input, as large as the tokens', lets zero padding mark the borders. Tokens at
         # t = 1 have no mean, so that without it positions look alike until training has found such a constant
-        nn.init.normal_(self.embedding[1].bias, std=0.02)
-        nn.init.zeros_(self.clf[1].weight)
-        nn.init.normal_(self.in_mapper[0].weight, std=self.config.num_labels**-0.5)
+        assert fold.bias is not None
+        nn.init.normal_(fold.bias, std=0.02)
+        nn.init.zeros_(unfold.weight)
+        nn.init.normal_(codes.weight, std=self.config.num_labels**-0.5)
         with torch.no_grad():
-            self.out_mapper[1].weight.copy_(self.in_mapper[0].weight[:, : self.config.c_out, None, None])
+            classifier.weight.copy_(codes.weight[:, : self.config.c_out, None, None])
             for module in self.modules():
                 if isinstance(module, ResBlock):
-                    module.channelwise[4].weight.mul_(sum(self.config.blocks) ** -0.5)
+                    module.last_linear.weight.mul_(sum(self.config.blocks) ** -0.5)
                 elif isinstance(module, TimestepBlock):
                     module.mapper.weight.zero_()
 

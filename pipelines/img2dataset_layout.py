@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -100,7 +101,7 @@ def _write_one(root: Path, number: int, samples: Samples, write_shard: Callable)
         files.append((f"{row['key']}.json", json.dumps(row, indent=4).encode()))
     write_shard(root / f"{number:05d}", files)
     pq.write_table(pa.Table.from_pylist(rows, schema=_METADATA), root / f"{number:05d}.parquet")
-    stats = {"count": len(rows), "successes": len(rows), "failed_to_download": 0, "failed_to_resize": 0}
+    stats: dict[str, Any] = {"count": len(rows), "successes": len(rows), "failed_to_download": 0, "failed_to_resize": 0}
     end = time.time()
     stats |= {
         "duration": end - start,

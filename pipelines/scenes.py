@@ -12,10 +12,13 @@ the demo measures generalisation and not memory. Lengths are in pixels of a 64-p
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 COLOURS = {
     "red": (220, 30, 30),
@@ -59,7 +62,7 @@ MARGIN = 1  # to the picture's border, two objects
 # --- Scenes and their captions --------------------------------------------------------------------
 
 
-def _check_word(what: str, word: str | None, allowed: Iterable[str]) -> None:
+def _check_word(what: str, word: str | None, allowed: Collection[str]) -> None:
     if word not in allowed:
         raise ValueError(f"{what} is {word!r}; allowed: {', '.join(allowed)}.")
 
@@ -125,8 +128,8 @@ def parse_caption(text: str) -> Scene:
     plain = " ".join(text.lower().split())
     if match := _ONE.fullmatch(plain):
         size, colour, shape, place, background = match.groups()
-        objects = (SceneObject(size=size, colour=colour, shape=shape),)
-        return Scene(objects=objects, background=background, position=_PLACES[place])
+        thing = SceneObject(size=size, colour=colour, shape=shape)
+        return Scene(objects=(thing,), background=background, position=_PLACES[place])
     if match := _TWO.fullmatch(plain):
         *words, background = match.groups()
         objects = tuple(SceneObject(size=s, colour=c, shape=f) for s, c, f in (words[:3], words[4:]))
@@ -137,9 +140,9 @@ def parse_caption(text: str) -> Scene:
     )
 
 
-def _pick(rng: np.random.Generator, words: Iterable) -> str:
-    words = tuple(words)
-    return words[rng.integers(len(words))]
+def _pick(rng: np.random.Generator, values: Iterable[T]) -> T:
+    choices = tuple(values)
+    return choices[rng.integers(len(choices))]
 
 
 def _random_object(rng: np.random.Generator) -> SceneObject:
@@ -190,7 +193,7 @@ class SceneSequence(Sequence):
     def __len__(self) -> int:
         return self.num
 
-    def __getitem__(self, index: int) -> tuple[Scene, np.ndarray]:
+    def __getitem__(self, index) -> tuple[Scene, np.ndarray]:
         if not -self.num <= index < self.num:
             raise IndexError(f"scene {index} of {self.num}")
         rng = np.random.default_rng([self.seed, index % self.num])
@@ -250,7 +253,12 @@ def render(scene: Scene, rng: np.random.Generator, image_size: int = 64) -> np.n
     if image_size < 32:
         raise ValueError(f"image_size is {image_size}; scenes need at least 32 pixels to be readable.")
     extents = [_pick(rng, SIZES[thing.size]) for thing in scene.objects]
-    centres = (_place_one(scene.position, rng),) if scene.position is not None else _place_two(scene.relation, extents, rng)
+    centres: tuple[np.ndarray, ...]
+    if scene.position is not None:
+        centres = (_place_one(scene.position, rng),)
+    else:
+        assert scene.relation is not None
+        centres = _place_two(scene.relation, extents, rng)
     scale = image_size / 64
     image = np.full((image_size, image_size, 3), BACKGROUNDS[scene.background], dtype=np.float64)
     for thing, (x, y), extent in zip(scene.objects, centres, extents, strict=True):

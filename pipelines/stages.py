@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from pipelines.progress import duration
 class Stages:
     """Times named stages; what an earlier, killed run spent is kept in `file` and added."""
 
-    def __init__(self, file: Path, expected_s: dict[str, float]) -> None:
+    def __init__(self, file: Path, expected_s: Mapping[str, float]) -> None:
         self.file, self.expected_s = file, expected_s
         state = json.loads(file.read_text()) if file.exists() else {}
         self.seconds: dict[str, float] = state.get("seconds", {})

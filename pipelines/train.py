@@ -14,11 +14,13 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import ray.train
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from paella import checkpoint
 from paella.bundle import load_vqgan, save_bundle
@@ -178,7 +180,7 @@ def sample_prompts(config: TrainConfig, num: int = 32) -> list[str]:
 def train_worker(arguments: dict) -> None:
     """One worker of the training group."""
     config: TrainConfig = arguments["config"]
-    rank, world_size, device = setup_worker(config.seed)
+    rank, world_size, device = setup_worker(arguments, config.seed)
     model = TextToTokens(config.model).to(device).train()
     num_parameters = count_parameters(model)
     shard(model, compute_dtype(config.precision, device))
@@ -316,7 +318,7 @@ def sample_sharded(model: TextToTokens, prompts: list[str], seeds: list[int], si
         conditions["clip"] = clip
     without = conditions | {"keep": torch.zeros_like(conditions["keep"])}
     tokens = sample(model, conditions, without, seeds=seeds, size=config.model.grid(side, side), config=config.sampling)
-    model.reshard()  # without a backward pass the root keeps its weights gathered
+    cast(FSDPModule, model).reshard()  # without a backward pass the root keeps its weights gathered
     return tokens
 
 

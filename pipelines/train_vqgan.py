@@ -120,9 +120,9 @@ def train_worker(arguments: dict) -> None:
     """The training worker; one process, with all CPUs or one GPU."""
     config: TrainVQConfig = arguments["config"]
     mlflow_run: tracking.Run = arguments["mlflow_run"]
-    _, _, device = setup_worker(config.seed)
+    _, _, device = setup_worker(arguments, config.seed)
     images, held_back = _split(decode_all(config.data, config.image_size, config.max_images))
-    model = VQModel(config.model).to(device, memory_format=torch.channels_last).train()
+    model = VQModel(config.model).to(device).train()
     optimizer = config.optim.optimizer(model.parameters())
     ema = Ema(model, config.ema_decay)
     with resume_directory() as directory:
@@ -140,7 +140,7 @@ def train_worker(arguments: dict) -> None:
         batch = _batch(images, config.batch_size, generator).to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             losses, indices, latents = vqgan_losses(model, batch, quantize=step >= config.continuous_steps)
-        _update(model, optimizer, config, step, sum(losses.values()))
+        _update(model, optimizer, config, step, torch.stack(list(losses.values())).sum())
         ema.update(model, step)
         if indices is not None:
             used[indices.unique()] = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,15 +21,15 @@ def fit(worker: Callable[[dict], None], arguments: dict, output: Path, num_worke
     Raises RuntimeError with the worker's message where training failed for good.
     """
     gpu = torch.cuda.is_available()
-    cpus = ray.cluster_resources().get("CPU", 1)
+    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)) // num_workers)
     trainer = TorchTrainer(
         worker,
-        train_loop_config=arguments,
+        train_loop_config=arguments | {"cpus_per_worker": cpus},
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=num_workers,
             use_gpu=gpu,
-            resources_per_worker={"CPU": max(1, int(cpus) // num_workers)} | ({"GPU": 1} if gpu else {}),
+            resources_per_worker={"CPU": cpus} | ({"GPU": 1} if gpu else {}),
         ),
         run_config=RunConfig(
             name="checkpoints",
@@ -42,15 +41,15 @@ def fit(worker: Callable[[dict], None], arguments: dict, output: Path, num_worke
     trainer.fit()
 
 
-def setup_worker(seed: int) -> tuple[int, int, torch.device]:
+def setup_worker(arguments: dict, seed: int) -> tuple[int, int, torch.device]:
     """Seed and threads of this worker; returns rank, world size and device."""
     context = ray.train.get_context()
     torch.manual_seed(seed)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     device = ray.train.torch.get_device()
     if device.type == "cpu":
-        # Ray sets OMP_NUM_THREADS to the worker's CPUs; without it each worker would take all cores
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        # this worker's share of the machine: workers that each take all cores slow each other down
+        torch.set_num_threads(arguments["cpus_per_worker"])
     return context.get_world_rank(), context.get_world_size(), device
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -141,9 +143,6 @@ def test_both_layouts_and_any_batch_size_give_the_same_tokens(tmp_path, images, 
     settings = config(folder, vqgan, tmp_path / "out", batch_size=7, rows_per_unit=1024)
     (tmp_path / "out" / "rejects").mkdir(parents=True)
     (unit,) = find_units(str(folder), 1024)
-    import pickle
-
-    import pyarrow as pa
 
     counts = EncodeUnit(settings)(DecodeUnit(32)(pa.table({"unit": [pickle.dumps(unit)]})))
     assert counts.to_pylist() == [{"rows_in": 50}]
@@ -200,7 +199,7 @@ def test_all_rejected_is_an_error_that_can_be_repaired(tmp_path, vqgan, ray_sess
         (tmp_path / f"{name}.jpg").write_bytes(b"<html>")
         (tmp_path / f"{name}.txt").write_text("" if name == "c" else "a caption")
     settings = config(tmp_path, vqgan, tmp_path / "out")
-    with pytest.raises(ValueError, match="none of the 3 samples in .* 2 of them: unreadable-image"):
+    with pytest.raises(ValueError, match=r"none of the 3 samples in .* 2 of them: unreadable-image"):
         run(settings)
     assert not (tmp_path / "out" / "dataset.json").exists()
     Image.new("RGB", (40, 40), "red").save(tmp_path / "a.jpg")
@@ -253,7 +252,7 @@ def test_changed_settings_are_refused(dataset, images, vqgan, tmp_path):
     with pytest.raises(ValueError, match="needs a multiple of 4"):
         run(config(images, vqgan, dataset, image_size=30))
     save_vqgan(tmp_path / "other", VQModel(VQConfig(bottleneck_blocks=1, c_hidden=16, codebook_size=32)))
-    with pytest.raises(ValueError, match="vqgan '[0-9a-f]{64}' → '[0-9a-f]{64}'"):
+    with pytest.raises(ValueError, match=r"vqgan '[0-9a-f]{64}' → '[0-9a-f]{64}'"):
         run(config(images, tmp_path / "other", dataset))
     moved = tmp_path / "moved"
     moved.write_bytes(b"")
