@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class Ema:
@@ -22,8 +23,8 @@ class Ema:
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        for average, value in self._pairs(model):
-            average.lerp_(value, 1 - decay)
+        averages, values = self._local(model)
+        torch._foreach_lerp_(averages, values, 1 - decay)
 
     @contextmanager
     def swapped_into(self, model: nn.Module) -> Iterator[None]:
@@ -36,12 +37,16 @@ class Ema:
 
     @torch.no_grad()
     def _swap(self, model: nn.Module) -> None:
-        for average, value in self._pairs(model):
+        for average, value in zip(*self._local(model), strict=True):
             kept = value.clone()
             value.copy_(average)
             average.copy_(kept)
 
-    def _pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        for name, value in model.named_parameters():
-            if name in self.shadow:
-                yield self.shadow[name], value
+    def _local(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+        """Averages and weights of this rank: one call over plain tensors, where DTensors would cost a dispatch each."""
+        pairs = [(self.shadow[name], value) for name, value in model.named_parameters() if name in self.shadow]
+        return [_shard(average) for average, _ in pairs], [_shard(value) for _, value in pairs]
+
+
+def _shard(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value

@@ -104,7 +104,10 @@ def _listed(output: Path) -> int:
 
 
 def _require_same_input(config: TokenizeConfig, units: list[Unit]) -> None:
-    """Raises ValueError where shards hold samples that the input lists otherwise now: some would be there twice."""
+    """Clear away what a killed job left half written.
+
+    Raises ValueError where shards hold samples that the input lists otherwise now: some would be there twice.
+    """
     output = Path(config.output)
     for leftover in [*output.glob(".part-*.tmp"), *output.glob("rejects/.part-*.tmp")]:  # of a killed job
         leftover.unlink(missing_ok=True)
@@ -122,7 +125,7 @@ def _tokenize(config: TokenizeConfig, units: list[Unit], total: int) -> float:
     _quiet_ray_data()
     gpus, cpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
     rows = [{"unit": pickle.dumps(unit)} for unit in units]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    dataset: ray.data.Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     if gpus:
         dataset = dataset.map_batches(DecodeUnit(config.image_size), batch_size=1, batch_format="pyarrow", num_cpus=1)
     dataset = dataset.map_batches(

@@ -18,6 +18,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from PIL import Image
 
@@ -137,14 +138,15 @@ def test_readers_see_one_order(dataset):
         assert alone[0].tokens[index].ravel().tolist() == rows[sample_id]["tokens"]
 
 
-def test_both_layouts_and_any_batch_size_give_the_same_tokens(tmp_path, images, dataset, vqgan):
-    """Without Ray: the stages are plain callables."""
+def test_two_stages_the_other_layout_and_another_batch_size_give_the_same_tokens(tmp_path, dataset, vqgan):
+    """The stages as they run with GPUs, with Ray's object store between them."""
     folder = write_folder(tmp_path / "folder", scenes(50, seed=0, held_out=False), shard_size=20)
     settings = config(folder, vqgan, tmp_path / "out", batch_size=7, rows_per_unit=1024)
     (tmp_path / "out" / "rejects").mkdir(parents=True)
     (unit,) = find_units(str(folder), 1024)
 
-    counts = EncodeUnit(settings)(DecodeUnit(32)(pa.table({"unit": [pickle.dumps(unit)]})))
+    decoded = ray.get(ray.put(DecodeUnit(32)(pa.table({"unit": [pickle.dumps(unit)]}))))
+    counts = EncodeUnit(settings)(decoded)
     assert counts.to_pylist() == [{"rows_in": 50}]
     ours, theirs = rows_of(tmp_path / "out"), rows_of(dataset)
     assert {i.split("/")[-1]: row["tokens"] for i, row in ours.items()} == {i: row["tokens"] for i, row in theirs.items()}
