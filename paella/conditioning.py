@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, ByT5Tokenizer, T5Config, T5EncoderModel
 
 from paella.config import TextConfig
+
+if TYPE_CHECKING:
+    from transformers import T5EncoderModel  # its import takes seconds, so it waits until an encoder is made or loaded
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class TextEncoders(nn.Module):
         """A new, untrained ByT5 of the size that `config.new_byt5` gives."""
         if config.new_byt5 is None:
             raise ValueError("text.new_byt5 is not set: this preset names an encoder to load, not one to make")
+        from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+
         size = config.new_byt5
         t5 = T5Config(
             vocab_size=384,  # 256 bytes, special tokens, padding to a multiple of 128, as in ByT5
@@ -63,6 +67,10 @@ class TextEncoders(nn.Module):
 
         Raises ValueError naming the encoder that cannot be loaded.
         """
+        from transformers import AutoTokenizer, T5EncoderModel
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
         name = _resolve(config.byt5, root)
         try:
             byt5, tokenizer = (

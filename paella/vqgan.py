@@ -21,7 +21,8 @@ class VQResBlock(nn.Module):
         super().__init__()
         self.depthwise = nn.Sequential(nn.ReplicationPad2d(1), nn.Conv2d(width, width, 3, groups=width))
         self.channelwise = nn.Sequential(nn.Linear(width, width * 4), nn.GELU(), nn.Linear(width * 4, width))
-        self.gammas = nn.Parameter(torch.zeros(6))
+        # the gains start at a half, not at the published zero, where the block learns nothing in its first steps
+        self.gammas = nn.Parameter(torch.tensor([0.0, 0.0, 0.5, 0.0, 0.0, 0.5]))
 
     def forward(self, x: Tensor) -> Tensor:
         scale1, shift1, gain1, scale2, shift2, gain2 = self.gammas.unbind()

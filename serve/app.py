@@ -5,8 +5,6 @@
 One request is sampled at a time; mixing requests into one running batch comes later.
 """
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import io
@@ -79,6 +77,30 @@ def _base64_png(image) -> str:
 api = FastAPI(title="paella-ray", version="1")
 
 
+# handlers come before the ingress, which takes the application as it is when the class is made
+
+
+@api.exception_handler(RequestValidationError)
+async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    first = error.errors()[0]
+    param = ".".join(str(part) for part in first["loc"][1:]) or None
+    code = "unknown_parameter" if first["type"] == "extra_forbidden" else "invalid_value"
+    message = f"unknown parameter {param}" if code == "unknown_parameter" else f"{param}: {first['msg']}"
+    return JSONResponse(error_body(message, code, param), 400)
+
+
+@api.exception_handler(HTTPException)
+async def _http(_: Request, error: HTTPException) -> JSONResponse:
+    return JSONResponse(error_body(str(error.detail), "invalid_value", None), error.status_code)
+
+
+@api.middleware("http")
+async def _request_id(request: Request, call_next):
+    response = await call_next(request)
+    response.headers["x-request-id"] = request.headers.get("x-request-id", uuid.uuid4().hex)
+    return response
+
+
 @ray_serve.deployment(max_ongoing_requests=200)
 @ray_serve.ingress(api)
 class Ingress:
@@ -116,27 +138,6 @@ class Ingress:
         usage = {"input_tokens": 0, "output_tokens": tokens, "total_tokens": tokens}
         answer = {"id": f"img-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name, "output_format": "png"}
         return JSONResponse({**answer, **result, "usage": usage})
-
-
-@api.exception_handler(RequestValidationError)
-async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-    first = error.errors()[0]
-    param = ".".join(str(part) for part in first["loc"][1:]) or None
-    code = "unknown_parameter" if first["type"] == "extra_forbidden" else "invalid_value"
-    message = f"unknown parameter {param}" if code == "unknown_parameter" else f"{param}: {first['msg']}"
-    return JSONResponse(error_body(message, code, param), 400)
-
-
-@api.exception_handler(HTTPException)
-async def _http(_: Request, error: HTTPException) -> JSONResponse:
-    return JSONResponse(error_body(str(error.detail), "invalid_value", None), error.status_code)
-
-
-@api.middleware("http")
-async def _request_id(request: Request, call_next):
-    response = await call_next(request)
-    response.headers["x-request-id"] = request.headers.get("x-request-id", uuid.uuid4().hex)
-    return response
 
 
 def build(arguments: Arguments) -> ray_serve.Application:
