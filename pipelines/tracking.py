@@ -78,6 +78,7 @@ def finish_run(run: Run, bundle: Path | None = None, registered_name: str | None
     client = run.client()
     uri = None
     if bundle is not None and registered_name is not None:
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         mlflow.set_tracking_uri(run.tracking_uri)
         with mlflow.start_run(run_id=run.run_id):
             info = mlflow.pyfunc.log_model(
