@@ -89,15 +89,16 @@ def require_same_config(directory: Path, values: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(values, indent=1) + "\n")
         temporary.replace(file)
         return
-    before, after = _flat(json.loads(file.read_text())), _flat(values)
+    before, after = flattened(json.loads(file.read_text())), flattened(values)
     differ = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
     if differ:
         changes = ", ".join(f"{key} {before.get(key)!r} → {after.get(key)!r}" for key in differ)
         raise ValueError(f"{directory} was made with another config ({changes}); choose another --output")
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values under dotted keys: {"optim": {"lr": 1}} → {"optim.lr": 1}."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+        flat.update(flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return flat

@@ -1,6 +1,6 @@
 """The whole story on a CPU: captioned images → tokens → training → pictures, with the numbers that say how good they are.
 
-    make demo                        # a generated set of 64-pixel scenes, about 17 minutes on 2 cores
+    make demo                        # a generated set of 64-pixel scenes
     make demo DATA=my/photos         # your own images, each with a .txt caption beside it
 
 Every stage is one of the programs beside this file. A second run reuses what is finished, and a killed one continues.
@@ -45,7 +45,7 @@ class DemoConfig:
     """Pictures to generate at the end; the first 64 make the contact sheet."""
 
 
-EXPECTED_S = {"images": 15, "vqgan": 200, "tokens": 30, "train": 700, "pictures": 60, "report": 10}
+EXPECTED_S = {"images": 15, "vqgan": 200, "tokens": 30, "train": 1150, "pictures": 60, "report": 10}
 """Seconds of each stage on 2 cores, for the estimate of the time left."""
 
 

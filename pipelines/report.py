@@ -46,7 +46,7 @@ def write(root: Path, model: Path, prompts: list[str], stages: Stages, *, genera
     emergence(bundle, prompts[:4]).save(root / "emergence.png")
     training_curve(root)
     _write_text(root / "report.json", json.dumps(values, indent=1) + "\n")
-    _write_text(root / "index.html", page(values))
+    _write_text(root / "index.html", page(values, root))
 
 
 def pictures(directory: Path) -> list[tuple[str, np.ndarray]]:
@@ -64,7 +64,7 @@ def caption_accuracy(images: list[tuple[str, np.ndarray]]) -> dict:
 
 
 def reconstruction(root: Path, bundle: Bundle) -> dict:
-    """PSNR and codebook use on held-out images, and how much the VQGAN alone costs in caption accuracy."""
+    """PSNR and codebook use on held-out images, and a sheet of them."""
     originals = decode_all(str(root / "held-out"), bundle.config.image_size, 10_000)
     outputs, values, indices = reconstruct(bundle.vqgan, originals)
     use, perplexity = codebook_use(indices, bundle.config.vqgan.codebook_size)
@@ -134,7 +134,7 @@ def _write_text(path: Path, text: str) -> None:
         file.write_text(text)
 
 
-def page(values: dict) -> str:
+def page(values: dict, root: Path) -> str:
     """The page: static, no script, readable from disk."""
     rows = {
         "VQGAN reconstruction": f"{values['psnr']:.1f} dB PSNR",
@@ -149,7 +149,7 @@ def page(values: dict) -> str:
         f'<h2>{html.escape(title)}</h2><p>{html.escape(text)}</p><img src="{file}" alt="{html.escape(title)}">'
         for title, file, text in SECTIONS
     )
-    commands = html.escape("\n".join(next_commands(Path("runs/demo").absolute())))
+    commands = html.escape("\n".join(next_commands(root)))
     return PAGE.format(table=table, sections=sections, commands=commands)
 
 

@@ -17,6 +17,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from PIL import Image
 
+from pipelines import cli
+
 EXPERIMENT = "paella"
 
 
@@ -42,7 +44,7 @@ def open_run(output: Path, name: str, config: dict[str, Any]) -> Run:
     client = MlflowClient(uri)
     created = client.create_run(_experiment(client, uri), run_name=name)
     run = Run(uri, created.info.run_id)
-    params = [Param(key, str(value)[:6000]) for key, value in _flat(config).items()]
+    params = [Param(key, str(value)[:6000]) for key, value in cli.flattened(config).items()]
     client.log_batch(run.run_id, params=params)
     temporary = record.with_suffix(".tmp")
     temporary.write_text(json.dumps(vars(run)) + "\n")
@@ -92,10 +94,3 @@ def finish_run(run: Run, bundle: Path | None = None, registered_name: str | None
         uri = f"models:/{registered_name}@newest"
     client.set_terminated(run.run_id)
     return uri
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
