@@ -148,7 +148,7 @@ class NewByT5(_Config):
     """Width of the feed-forward layers."""
     num_layers: int = 2
     """Transformer layers."""
-    num_heads: int = 4
+    num_heads: int = 8
     """Attention heads."""
 
     def __post_init__(self) -> None:
@@ -224,15 +224,16 @@ PRESETS: dict[str, ModelConfig] = {
             c_r=32,
             patch_size=1,
             c_cond=128,
-            c_hidden=(64, 128, 128),
-            nhead=(-1, 4, 4),
-            blocks=(1, 2, 1),
-            level_config=("CT", "CTA", "CTA"),
+            c_hidden=(64, 128, 192),
+            nhead=(4, 4, 4),
+            blocks=(1, 1, 1),
+            level_config=("CTA", "CTA", "CTA"),
             clip_embd=64,
             byt5_embd=128,
             dropout=0.0,
+            self_attn=False,
         ),
-        vqgan=VQConfig(bottleneck_blocks=2, c_hidden=64, c_latent=8, codebook_size=512),
+        vqgan=VQConfig(bottleneck_blocks=3, c_hidden=64, c_latent=8, codebook_size=512),
         text=TextConfig(byt5="encoders/byt5", max_length=128, new_byt5=NewByT5()),
         image_size=64,
     ),

@@ -90,10 +90,6 @@ class Paella(nn.Module):
         for mapper in (self.byt5_mapper, self.clip_mapper, self.clip_image_mapper):
             nn.init.normal_(mapper.weight, std=0.02)
         nn.init.xavier_uniform_(fold.weight, 0.02)
-        # not published: a constant part of the input, as large as the tokens', lets zero padding mark the borders. Tokens at
-        # t = 1 have no mean, so that without it positions look alike until training has found such a constant
-        assert fold.bias is not None
-        nn.init.normal_(fold.bias, std=0.02)
         nn.init.zeros_(unfold.weight)
         nn.init.normal_(codes.weight, std=self.config.num_labels**-0.5)
         with torch.no_grad():

@@ -85,6 +85,13 @@ class VQModel(nn.Module):
         self.up_blocks = nn.Sequential(*up)
         self.out_block = nn.Sequential(nn.Conv2d(widths[0], 3 * 4, 1), nn.PixelShuffle(2))
 
+    @property
+    def latent_norm(self) -> nn.BatchNorm2d:
+        """The batch norm of the latents."""
+        head = self.down_blocks[-1]
+        assert isinstance(head, nn.Sequential) and isinstance(head[1], nn.BatchNorm2d)
+        return head[1]
+
     def encode_latents(self, images: Tensor) -> Tensor:
         """Continuous latents before quantization, at the codebook's scale: (B,3,H,W) in [0,1] → (B,D,h,w).
 

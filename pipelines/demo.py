@@ -37,15 +37,15 @@ class DemoConfig:
     """Your own images with captions (folder, or img2dataset's shards); generated scenes if not given."""
     num_images: int = 10_000
     """Generated scenes."""
-    vqgan_steps: int = 1500
+    vqgan_steps: int = 1100
     """Optimizer steps of the VQGAN."""
-    train_steps: int = 2200
+    train_steps: int = 2100
     """Optimizer steps of the U-Net."""
     num_prompts: int = 256
     """Pictures to generate at the end; the first 64 make the contact sheet."""
 
 
-EXPECTED_S = {"images": 15, "vqgan": 200, "tokens": 30, "train": 1150, "pictures": 60, "report": 10}
+EXPECTED_S = {"images": 20, "vqgan": 130, "tokens": 25, "train": 890, "pictures": 40, "report": 10}
 """Seconds of each stage on 2 cores, for the estimate of the time left."""
 
 

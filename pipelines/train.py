@@ -29,6 +29,7 @@ from paella.ema import Ema
 from paella.images import contact_sheet, to_uint8
 from paella.parallel import compute_dtype, count_parameters, full_state_dict, mean_over_workers, shard
 from paella.sampler import SamplingConfig, sample
+from paella.short_run import initialise_byt5, initialise_unet
 from paella.storage import new_file
 from paella.training import NUM_BUCKETS, OptimConfig, TextToTokens, draw_noise, loss_and_metrics, metrics_of
 from paella.vqgan import VQModel
@@ -68,6 +69,8 @@ class TrainConfig:
     """Share of captions dropped, for classifier-free guidance."""
     t_scale: float = 1.08
     """Noise levels are uniform up to this, cut at 1: a share 1 - 1/t_scale of the images is all noise (published: 1.08)."""
+    init: str = "published"
+    """Initial weights: published, or short-run, which starts faster where there are only thousands of steps."""
     seed: int = 0
     """Order of the samples, noise and initial weights."""
     checkpoint_every: int = 5000
@@ -89,6 +92,8 @@ class TrainConfig:
             raise ValueError(f"global_batch_size={self.global_batch_size} must be a multiple of num_workers={self.num_workers}")
         if not 1 <= self.t_scale <= 10:
             raise ValueError(f"t_scale={self.t_scale} is not allowed: 1 to 10")
+        if self.init not in ("published", "short-run"):
+            raise ValueError(f"init={self.init!r} is not allowed: published or short-run")
         if self.precision not in ("auto", "bf16", "float32"):
             raise ValueError(f"precision={self.precision!r} is not allowed: auto, bf16 or float32")
 
@@ -101,16 +106,18 @@ def presets() -> dict[str, TrainConfig]:
     tiny = TrainConfig(
         **places,
         model=PRESETS["tiny"],
-        optim=OptimConfig(lr=1e-3, warmup_steps=100, final_lr_fraction=0.02, betas=(0.9, 0.99)),
-        steps=2200,
+        optim=OptimConfig(lr=1.5e-3, warmup_steps=50, final_lr_fraction=0.02, betas=(0.9, 0.99)),
+        steps=2100,
         global_batch_size=64,
         num_workers=2,
         ema_decay=0.995,
+        label_smoothing=0.0,
         drop_caption=0.1,
-        t_scale=2.5,
+        t_scale=1.55,
+        init="short-run",
         checkpoint_every=200,
         sample_every=500,
-        sampling=SamplingConfig(temperature=(1.0, 0.3), cfg=(4.0, 4.0)),
+        sampling=SamplingConfig(temperature=(1.0, 0.3), cfg=(1.5, 1.5)),
     )
     small = TrainConfig(**places, model=PRESETS["small"], steps=100_000, global_batch_size=256, ema_decay=0.999)
     return {"tiny": tiny, "small": small, "paella-1b": TrainConfig(**places, model=PRESETS["paella-1b"])}
@@ -182,6 +189,10 @@ def train_worker(arguments: dict) -> None:
     config: TrainConfig = arguments["config"]
     rank, world_size, device = setup_worker(arguments, config.seed)
     model = TextToTokens(config.model).to(device).train()
+    if config.init == "short-run":
+        initialise_unet(model.unet)
+        if config.model.text.new_byt5 is not None:
+            initialise_byt5(model.text.byt5)
     num_parameters = count_parameters(model)
     shard(model, compute_dtype(config.precision, device))
     optimizer = config.optim.optimizer(model.parameters())

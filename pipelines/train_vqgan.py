@@ -29,7 +29,7 @@ from paella.metrics import codebook_use, psnr
 from paella.parallel import compute_dtype
 from paella.storage import new_file
 from paella.training import OptimConfig
-from paella.vqgan import VQModel
+from paella.vqgan import VQModel, VQResBlock
 from pipelines import cli, tracking
 from pipelines.progress import Progress
 from pipelines.sources import decode_all, find_units
@@ -56,6 +56,9 @@ class TrainVQConfig:
     """Images per step."""
     continuous_steps: int = 200
     """First steps without quantization, so that the codebook starts from latents that mean something."""
+    encoder_context: bool = True
+    """Whether the encoder's depthwise convolutions are trained. Without, a token knows little more than its own pixels: a flat
+    colour keeps its code beside an edge, which makes tokens easy to predict, and the decoder smooths what the encoder cannot."""
     revive_every: int = 50
     """Steps between revivals of unused codes."""
     ema_decay: float = 0.99
@@ -86,8 +89,9 @@ def presets() -> dict[str, TrainVQConfig]:
         model=PRESETS["tiny"].vqgan,
         image_size=64,
         optim=OptimConfig(lr=3e-3, warmup_steps=50, final_lr_fraction=0.02, weight_decay=0.0, betas=(0.9, 0.95)),
-        steps=1500,
+        steps=1100,
         continuous_steps=150,
+        encoder_context=False,
     )
     f4 = TrainVQConfig(data=MISSING, output=MISSING, model=PRESETS["paella-1b"].vqgan)
     return {"tiny": tiny, "f4": f4}
@@ -123,6 +127,8 @@ def train_worker(arguments: dict) -> None:
     _, _, device = setup_worker(arguments, config.seed)
     images, held_back = _split(decode_all(config.data, config.image_size, config.max_images))
     model = VQModel(config.model).to(device).train()
+    if not config.encoder_context:
+        leave_out_encoder_context(model)
     optimizer = config.optim.optimizer(model.parameters())
     ema = Ema(model, config.ema_decay)
     with resume_directory() as directory:
@@ -134,6 +140,8 @@ def train_worker(arguments: dict) -> None:
     for step in range(start, config.steps):
         # one generator per step: a resumed run draws what an undisturbed one would
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        # with codes, the same colour must give the same latent in every batch, whatever else is in the batch
+        model.latent_norm.train(step < config.continuous_steps)
         if step == config.continuous_steps:
             _start_codebook(model, images, config, generator, device, dtype)
             ema = Ema(model, config.ema_decay)
@@ -157,6 +165,15 @@ def train_worker(arguments: dict) -> None:
             _checkpoint(model, optimizer, ema, step + 1)
     with ema.swapped_into(model):
         finish(config, model.cpu().eval(), held_back, mlflow_run)
+
+
+@torch.no_grad()
+def leave_out_encoder_context(model: VQModel) -> None:
+    """Set the encoder's depthwise convolutions to zero, for good."""
+    for block in model.down_blocks.children():
+        if isinstance(block, VQResBlock):
+            for parameter in block.depthwise.parameters():
+                parameter.zero_().requires_grad_(False)
 
 
 def vqgan_losses(model: VQModel, images: Tensor, *, quantize: bool) -> tuple[dict[str, Tensor], Tensor | None, Tensor]:

@@ -1,0 +1,71 @@
+"""An initialisation for runs of thousands of steps, where the published one spends most of them on getting started.
+
+The published initialisation (`Paella._init_weights`) suits a million steps. In a short run four things are missing for long,
+and each is given here from the start: logits of a useful size, the way of a token through the network to its own logit, a text
+signal that can be heard, and byte states that know their neighbours. `benchmarks/results/demo.md` has what each is worth.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from paella.blocks import AttnBlock
+from paella.unet import Paella
+
+if TYPE_CHECKING:
+    from transformers import T5EncoderModel
+
+LOGIT_STD = 4.0
+"""Standard deviation of the first logits: large enough that a code can be all but certain without the weights growing far."""
+TEXT_GAIN = 4.0
+"""On attention's values: an average over some seventy bytes is much quieter than any one of them."""
+HEAD_SLOPES = ((1.0, 0), (0.5, -1), (0.5, 1), (0.15, -1), (0.15, 1), (0.04, -1), (0.04, 1), (0.0, 0))
+"""Loss of attention per byte of distance, and the side looked at (-1 before, 1 behind, 0 both); repeated over the heads."""
+OTHER_SIDE = 8.0
+"""Loss of attention on the side that a head does not look at."""
+
+
+@torch.no_grad()
+def initialise_unet(unet: Paella) -> None:
+    """Set the U-Net's embedding, classifier and attention values in place."""
+    codes, fold, unfold, classifier = unet.in_mapper[0], unet.embedding[1], unet.clf[1], unet.out_mapper[1]
+    assert isinstance(codes, nn.Embedding) and isinstance(fold, nn.Conv2d)
+    assert isinstance(unfold, nn.Conv2d) and isinstance(classifier, nn.Conv2d)
+    nn.init.normal_(classifier.weight, std=LOGIT_STD * classifier.in_channels**-0.5)
+    if codes.embedding_dim == classifier.in_channels:
+        # out is in's transpose: a token that comes through unchanged has the largest logit of its position
+        codes.weight.copy_(classifier.weight[:, :, 0, 0])
+        nn.init.orthogonal_(fold.weight)
+        unfold.weight.copy_(fold.weight.transpose(0, 1))
+    # a constant part of the input lets the zero padding of convolutions mark the borders. Tokens at t = 1 have no mean, so
+    # that without it positions look alike until training has found such a constant
+    assert fold.bias is not None
+    nn.init.normal_(fold.bias, std=0.3)
+    for module in unet.modules():
+        if isinstance(module, AttnBlock):
+            _, _, value = module.attention.attn.in_proj_weight.chunk(3)
+            value.mul_(TEXT_GAIN)
+
+
+@torch.no_grad()
+def initialise_byt5(byt5: T5EncoderModel) -> None:
+    """Give the heads of a new T5 encoder different reaches, as ALiBi does (arXiv 2108.12409), in its table of relative positions.
+
+    A new T5 spreads attention evenly, so that a byte's state is little more than the caption's bag of letters.
+    """
+    first: Any = byt5.encoder.block[0]
+    attention = first.layer[0].SelfAttention  # holds the table that all layers share
+    reach = attention.relative_attention_max_distance
+    relative = torch.arange(-reach + 1, reach)
+    relative = relative[relative.abs().argsort(descending=True)]  # so that a bucket's nearest distance is written last
+    buckets = attention._relative_position_bucket(
+        relative, bidirectional=True, num_buckets=attention.relative_attention_num_buckets, max_distance=reach
+    )
+    table: Tensor = attention.relative_attention_bias.weight  # (buckets, heads)
+    for bucket, offset in zip(buckets.tolist(), relative.tolist(), strict=True):
+        for head in range(table.shape[1]):
+            slope, side = HEAD_SLOPES[head % len(HEAD_SLOPES)]
+            table[bucket, head] = -slope * abs(offset) - (OTHER_SIDE if offset * side < 0 else 0)
