@@ -1,8 +1,8 @@
 """An initialisation for runs of thousands of steps, where the published one spends most of them on getting started.
 
 The published initialisation (`Paella._init_weights`) suits a million steps. In a short run four things are missing for long,
-and each is given here from the start: logits of a useful size, the way of a token through the network to its own logit, a text
-signal that can be heard, and byte states that know their neighbours. `benchmarks/results/demo.md` has what each is worth.
+and each is given here from the start: logits of a useful size, a way out that is not zero and mirrors the way in, a text signal
+that can be heard, and byte states that know their neighbours. `benchmarks/results/demo.md` has what each is worth.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ def initialise_unet(unet: Paella) -> None:
     assert isinstance(codes, nn.Embedding) and isinstance(fold, nn.Conv2d)
     assert isinstance(unfold, nn.Conv2d) and isinstance(classifier, nn.Conv2d)
     nn.init.normal_(classifier.weight, std=LOGIT_STD * classifier.in_channels**-0.5)
+    nn.init.orthogonal_(fold.weight)
+    nn.init.orthogonal_(unfold.weight)
     if codes.embedding_dim == classifier.in_channels:
-        # out is in's transpose: a token that comes through unchanged has the largest logit of its position
+        # out is in's transpose: what is left of a token after the levels points at its own logit
         codes.weight.copy_(classifier.weight[:, :, 0, 0])
-        nn.init.orthogonal_(fold.weight)
         unfold.weight.copy_(fold.weight.transpose(0, 1))
     # a constant part of the input lets the zero padding of convolutions mark the borders. Tokens at t = 1 have no mean, so
     # that without it positions look alike until training has found such a constant

@@ -1,6 +1,7 @@
 """VQGAN training, U-Net training, generation and the demo as a user runs them: whole runs, kills, reruns, bad input."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -75,6 +76,19 @@ def test_finished_training_does_nothing(trained, tokens, vqgan_bundle, capsys):
     assert before == {file: file.stat().st_mtime_ns for file in trained.rglob("*") if file.is_file()}
 
 
+def killed_when(command: list, happened) -> None:
+    """Start a program and kill it, with all its processes, as soon as `happened()`."""
+    process = subprocess.Popen(
+        command, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 200
+    while not happened() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert happened(), "the program was over, or too slow, before there was something to interrupt"
+
+
 def test_training_killed_and_rerun_continues(tokens, vqgan_bundle, tmp_path):
     output = tmp_path / "run"
     command = [
@@ -83,15 +97,7 @@ def test_training_killed_and_rerun_continues(tokens, vqgan_bundle, tmp_path):
         "--model.unet.blocks", "1", "1", "--model.unet.level-config", "CT", "CTA", "--model.vqgan.codebook-size", "32",
         "--global-batch-size", "16", "--steps", "40", "--checkpoint-every", "4", "--sample-every", "1000",
     ]  # fmt: skip
-    process = subprocess.Popen(
-        command, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 200
-    while not list(output.glob("checkpoints/checkpoint_*")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert list(output.glob("checkpoints/checkpoint_*")), "no checkpoint was written"
+    killed_when(command, lambda: list(output.glob("checkpoints/checkpoint_*")))
     assert not (output / "model").exists(), "the run was over before it was killed"
     finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
@@ -162,6 +168,41 @@ def test_generation_makes_only_what_is_missing(pictures, capsys):
     assert kept.items() <= after.items()
 
 
+def test_generation_killed_and_rerun_completes(model_bundle, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(f"circle number {i}" for i in range(48)))
+    output = tmp_path / "out"
+    command = [
+        sys.executable, ROOT / "pipelines/generate.py", "--model", model_bundle, "--prompts", tmp_path / "prompts.txt",
+        "--output", output, "--batch-size", "2", "--sampling.num-inference-steps", "20",
+    ]  # fmt: skip
+    killed_when(command, lambda: list(output.glob("manifest/part-*.parquet")))
+    first = {row["id"]: row["sha256"] for row in pq.read_table(output / "manifest").to_pylist()}
+    assert 0 < len(first) < 48
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    rows = pq.read_table(output / "manifest").to_pylist()
+    assert sorted(row["order"] for row in rows) == list(range(48))
+    assert first.items() <= {row["id"]: row["sha256"] for row in rows}.items()
+    for row in rows:
+        assert hashlib.sha256((output / row["file"]).read_bytes()).hexdigest() == row["sha256"]
+
+
+@pytest.mark.slow
+def test_demo_killed_in_each_stage_completes(tmp_path):
+    root = tmp_path / "runs" / "demo"
+    sizes = ["--num-images", "400", "--vqgan-steps", "250", "--train-steps", "30", "--num-prompts", "16"]
+    command = [sys.executable, ROOT / "pipelines/demo.py", "--output", root, *sizes]
+    for sign in ("images/*.tar", "vqgan/checkpoints/checkpoint_*", "tokens/*", "train/config.json", "pictures/images/*.png"):
+        killed_when(command, lambda sign=sign: list(root.glob(sign)))
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert finished.returncode == 0, finished.stderr
+    report = json.loads((root / "report.json").read_text())
+    assert report["caption_accuracy"]["background"] >= 0
+    assert (root / "index.html").exists()
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+
+
 @pytest.mark.parametrize(
     "name, text, expected",
     [
@@ -209,10 +250,15 @@ def test_training_refuses_what_does_not_fit(tokens, vqgan_bundle, model_bundle, 
 
 def test_command_line_errors(program, tmp_path):
     places = ["--data", tmp_path, "--vqgan", tmp_path, "--output", tmp_path / "o"]
-    for arguments in (["huge", *places], ["tiny", *places, "--stepz", "3"], ["tiny", *places, "--steps", "many"]):
-        process = program("train", *arguments)
-        assert process.returncode == 2
-        assert "Traceback" not in process.stderr
+    for arguments, words in [
+        (["huge", *places], "there is no preset 'huge'; presets are tiny, small, paella-1b"),
+        (["tiny", *places, "--stepz", "3"], "Unrecognized options: --stepz"),
+        (["tiny", *places, "--steps", "many"], "--steps: invalid literal"),
+        (["tiny", *places, "--steps", "0"], "steps=0 is not allowed"),
+        (["tiny", *places, "--optim.lr", "-1"], "optim.lr=-1.0 is not allowed"),
+        (["tiny", *places[:4]], "Missing from"),
+    ]:
+        assert_one_sentence(program("train", *arguments), words)
     process = program("train", "tiny", *places)
     assert_one_sentence(process, "is not a finished token dataset")
     assert "paella-1b" in program("train", "--help").stdout

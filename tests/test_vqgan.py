@@ -6,7 +6,8 @@ import torch
 from paella import codebook
 from paella.config import VQConfig
 from paella.metrics import codebook_use, psnr
-from paella.vqgan import Codebook, VQModel
+from paella.vqgan import Codebook, VQModel, VQResBlock
+from pipelines.train_vqgan import leave_out_encoder_context
 
 CONFIG = VQConfig(bottleneck_blocks=1, c_hidden=16, codebook_size=32)
 
@@ -68,3 +69,15 @@ def test_metrics():
     images = torch.full((2, 3, 4, 4), 0.5)
     assert psnr(images, images + 0.1).tolist() == pytest.approx([20.0, 20.0], abs=1e-3)
     assert codebook_use(torch.tensor([0, 0, 1, 1]), 4) == (0.5, pytest.approx(2.0))
+
+
+def test_without_encoder_context_a_flat_colour_keeps_its_code_beside_an_edge():
+    torch.manual_seed(0)
+    model = VQModel(CONFIG).eval()
+    leave_out_encoder_context(model)
+    flat, edge = torch.full((1, 3, 32, 32), 0.5), torch.full((1, 3, 32, 32), 0.5)
+    edge[..., 20:] = 1.0  # five tokens from the left
+    with torch.no_grad():
+        latents, beside = model.encode_latents(flat), model.encode_latents(edge)
+    assert torch.equal(latents[..., :4], beside[..., :4])
+    assert not any(block.depthwise[1].weight.requires_grad for block in model.down_blocks if isinstance(block, VQResBlock))

@@ -1,0 +1,39 @@
+"""The start for short runs: logits of a useful size, and text states that know their neighbours."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from paella.conditioning import TextEncoders
+from paella.config import PRESETS
+from paella.short_run import LOGIT_STD, initialise_byt5, initialise_unet
+from paella.unet import Paella
+
+
+def first_logits(config):
+    torch.manual_seed(0)
+    unet = Paella(config).eval()
+    initialise_unet(unet)
+    tokens = torch.randint(config.num_labels, (2, 16, 16))
+    return unet(tokens, torch.zeros(2), byt5=torch.randn(2, 5, config.byt5_embd))
+
+
+@pytest.mark.parametrize("changes", [{}, {"patch_size": 2}, {"c_in": 64, "c_out": 32}])
+def test_first_logits_have_a_useful_size(changes):
+    logits = first_logits(dataclasses.replace(PRESETS["tiny"].unet, **changes))
+    assert 0.7 * LOGIT_STD < logits.std() < 1.4 * LOGIT_STD
+
+
+def test_bytes_are_told_apart_by_what_stands_beside_them():
+    torch.manual_seed(0)
+    encoders = TextEncoders.create(PRESETS["tiny"].text)
+
+    def distance():  # between the states of one byte with the same letters around it in another order
+        near = encoders.forward(["abcdefgh" + "x" * 40, "hgfedcba" + "x" * 40])["byt5"]
+        return (near[0, 8] - near[1, 8]).norm().item()
+
+    with torch.no_grad():
+        before = distance()
+        initialise_byt5(encoders.byt5)
+        assert distance() > 1.5 * before
