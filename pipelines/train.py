@@ -116,7 +116,7 @@ def presets() -> dict[str, TrainConfig]:
         t_scale=1.55,
         init="short-run",
         checkpoint_every=200,
-        sample_every=500,
+        sample_every=350,
         sampling=SamplingConfig(temperature=(1.0, 0.3), cfg=(1.5, 1.5)),
     )
     small = TrainConfig(**places, model=PRESETS["small"], steps=100_000, global_batch_size=256, ema_decay=0.999)

@@ -197,7 +197,7 @@ def test_demo_killed_in_each_stage_completes(tmp_path):
     finished = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert finished.returncode == 0, finished.stderr
     report = json.loads((root / "report.json").read_text())
-    assert report["caption_accuracy"]["background"] >= 0
+    assert report["prompts"] == 16
     assert (root / "index.html").exists()
     again = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr
