@@ -59,7 +59,8 @@ class TextEncoders(nn.Module):
             dropout_rate=0.0,
             feed_forward_proj="gated-gelu",
         )
-        return cls(config, T5EncoderModel(t5), ByT5Tokenizer())
+        # eager: the fused attention's backward pass takes three times its forward on a CPU, and a new encoder is trained on one
+        return cls(config, T5EncoderModel._from_config(t5, attn_implementation="eager"), ByT5Tokenizer())
 
     @classmethod
     def load(cls, config: TextConfig, root: str | Path = ".") -> TextEncoders:

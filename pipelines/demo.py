@@ -39,13 +39,13 @@ class DemoConfig:
     """Generated scenes."""
     vqgan_steps: int = 1100
     """Optimizer steps of the VQGAN."""
-    train_steps: int = 2100
+    train_steps: int = 2000
     """Optimizer steps of the U-Net."""
     num_prompts: int = 256
     """Pictures to generate at the end; the first 64 make the contact sheet."""
 
 
-EXPECTED_S = {"images": 20, "vqgan": 130, "tokens": 25, "train": 890, "pictures": 40, "report": 10}
+EXPECTED_S = {"images": 10, "vqgan": 150, "tokens": 20, "train": 880, "pictures": 40, "report": 10}
 """Seconds of each stage on 2 cores, for the estimate of the time left."""
 
 

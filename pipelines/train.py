@@ -107,7 +107,7 @@ def presets() -> dict[str, TrainConfig]:
         **places,
         model=PRESETS["tiny"],
         optim=OptimConfig(lr=1.5e-3, warmup_steps=50, final_lr_fraction=0.02, betas=(0.9, 0.99)),
-        steps=2100,
+        steps=2000,
         global_batch_size=64,
         num_workers=2,
         ema_decay=0.995,
