@@ -2,7 +2,7 @@
 
 `sample()` is the whole method (arXiv 2211.07292, algorithm 2, with the v3 model card's settings). Random numbers are drawn
 for each image from its own (seed, step), never from its place in the batch, so an image comes out the same alone or in
-any mix. B batch, K codes, H W token grid.
+any mix, but for a rare draw that falls within the rounding of its logits. B batch, K codes, H W token grid.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def _sentence(box: str) -> str:
 
 
 def _exit(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.__stderr__)
+    print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2) from None
 
 
