@@ -91,7 +91,8 @@ def run(config: GenerateConfig) -> Path:
     if not missing and (output / "index.html").exists():
         print(f"generation is finished: {output}")
         return output / "manifest"
-    _generate(config, missing, len(jobs))
+    if missing:  # a job killed after its last picture lacks only the gallery
+        _generate(config, missing, len(jobs))
     _write_gallery(output)
     print(f"{len(jobs)} pictures: {output / 'index.html'}")
     return output / "manifest"

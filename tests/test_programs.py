@@ -168,6 +168,14 @@ def test_generation_makes_only_what_is_missing(pictures, capsys):
     assert kept.items() <= after.items()
 
 
+def test_a_missing_gallery_is_written_again(pictures):
+    page = Path(pictures.output, "index.html")
+    before = page.read_text()
+    page.unlink()
+    generate.run(pictures)
+    assert page.read_text() == before
+
+
 def test_generation_killed_and_rerun_completes(model_bundle, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(f"circle number {i}" for i in range(48)))
     output = tmp_path / "out"
