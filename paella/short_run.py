@@ -1,8 +1,9 @@
 """An initialisation for runs of thousands of steps, where the published one spends most of them on getting started.
 
-The published initialisation (`Paella._init_weights`) suits a million steps. In a short run four things are missing for long,
-and each is given here from the start: logits of a useful size, a way out that is not zero and mirrors the way in, a text signal
-that can be heard, and byte states that know their neighbours. `benchmarks/results/demo.md` has what each is worth.
+The published initialisation (`Paella._init_weights`) suits a million steps. In a short run five things are missing for long,
+and each is given here from the start: logits of a useful size, a way out that is not zero and mirrors the way in, a constant by
+which borders are seen, a text signal that can be heard, and byte states that know their neighbours. What was measured of them is
+in `benchmarks/results/demo.md`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ OTHER_SIDE = 8.0
 
 @torch.no_grad()
 def initialise_unet(unet: Paella) -> None:
-    """Set the U-Net's embedding, classifier and attention values in place."""
+    """Set the U-Net's way in, way out and attention values in place."""
     codes, fold, unfold, classifier = unet.in_mapper[0], unet.embedding[1], unet.clf[1], unet.out_mapper[1]
     assert isinstance(codes, nn.Embedding) and isinstance(fold, nn.Conv2d)
     assert isinstance(unfold, nn.Conv2d) and isinstance(classifier, nn.Conv2d)

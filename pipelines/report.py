@@ -158,20 +158,17 @@ def page(values: dict, root: Path) -> str:
             f"{share:.1%} of {values['prompts']} held-out captions ({ceiling:.1%} of real images after the VQGAN)"
         )
     table = "".join(f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>" for key, value in rows.items())
+    is_held_out = "accuracy" in values  # captions of the user's own images were in training
+    first = "Each made from its caption" + ("; none of the combinations was in training." if is_held_out else ".")
     sections = "".join(
         f'<h2>{html.escape(title)}</h2><p>{html.escape(text)}</p><img src="{file}" alt="{html.escape(title)}">'
-        for title, file, text in SECTIONS
+        for title, file, text in [("Generated pictures", "contact_sheet.png", first), *SECTIONS]
     )
     commands = html.escape("\n".join(next_commands(root)))
     return PAGE.format(table=table, sections=sections, commands=commands)
 
 
 SECTIONS = [
-    (
-        "Generated pictures",
-        "contact_sheet.png",
-        "Each made from its caption; none of the combinations was in training.",
-    ),
     ("How a picture emerges", "emergence.png", "The prediction after each step: from random tokens to a picture."),
     (
         "Training",
