@@ -218,16 +218,16 @@ class ModelConfig(_Config):
 PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(
         unet=PaellaConfig(
-            c_in=64,
-            c_out=64,
+            c_in=128,
+            c_out=128,
             num_labels=512,
             c_r=32,
             patch_size=1,
             c_cond=128,
-            c_hidden=(64, 128, 192),
-            nhead=(4, 4, 4),
-            blocks=(1, 1, 1),
-            level_config=("CTA", "CTA", "CTA"),
+            c_hidden=(128, 192),
+            nhead=(4, 4),
+            blocks=(1, 1),
+            level_config=("CTA", "CTA"),
             clip_embd=64,
             byt5_embd=128,
             dropout=0.0,

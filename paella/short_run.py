@@ -1,13 +1,14 @@
 """An initialisation for runs of thousands of steps, where the published one spends most of them on getting started.
 
 The published initialisation (`Paella._init_weights`) suits a million steps. In a short run five things are missing for long,
-and each is given here from the start: logits of a useful size, a way out that is not zero and mirrors the way in, a constant by
-which borders are seen, a text signal that can be heard, and byte states that know their neighbours. What was measured of them is
-in `benchmarks/results/demo.md`.
+and each is given here from the start: codes that know which of them look alike, a way out that is not zero and mirrors the way
+in, a constant by which borders are seen, a text signal that can be heard, and byte states that know their neighbours. What was
+measured of them is in `benchmarks/results/demo.md`.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 LOGIT_STD = 4.0
 """Standard deviation of the first logits: large enough that a code can be all but certain without the weights growing far."""
+KERNEL_WIDTH = 0.4
+"""Distance at which codes stop being alike, as a share of the median distance of two codes."""
 TEXT_GAIN = 4.0
 """On attention's values: an average over some seventy bytes is much quieter than any one of them."""
 HEAD_SLOPES = ((1.0, 0), (0.5, -1), (0.5, 1), (0.15, -1), (0.15, 1), (0.04, -1), (0.04, 1), (0.0, 0))
@@ -30,12 +33,13 @@ OTHER_SIDE = 8.0
 
 
 @torch.no_grad()
-def initialise_unet(unet: Paella) -> None:
-    """Set the U-Net's way in, way out and attention values in place."""
+def initialise_unet(unet: Paella, codebook: Tensor) -> None:
+    """Set the U-Net's way in, way out and attention values in place; codebook is the VQGAN's, (K,D)."""
     codes, fold, unfold, classifier = unet.in_mapper[0], unet.embedding[1], unet.clf[1], unet.out_mapper[1]
     assert isinstance(codes, nn.Embedding) and isinstance(fold, nn.Conv2d)
     assert isinstance(unfold, nn.Conv2d) and isinstance(classifier, nn.Conv2d)
-    nn.init.normal_(classifier.weight, std=LOGIT_STD * classifier.in_channels**-0.5)
+    classifier.weight.copy_(code_features(codebook, classifier.in_channels)[:, :, None, None])
+    classifier.weight.mul_(LOGIT_STD * classifier.in_channels**-0.5)
     nn.init.orthogonal_(fold.weight)
     nn.init.orthogonal_(unfold.weight)
     if codes.embedding_dim == classifier.in_channels:
@@ -50,6 +54,18 @@ def initialise_unet(unet: Paella) -> None:
         if isinstance(module, AttnBlock):
             _, _, value = module.attention.attn.in_proj_weight.chunk(3)
             value.mul_(TEXT_GAIN)
+
+
+def code_features(codebook: Tensor, width: int) -> Tensor:
+    """Vectors (K,width) of mean square 1 whose products fall with the distance of their codes: (K,D) → (K,width).
+
+    Random Fourier features of a Gaussian kernel (Rahimi and Recht 2007). What training learns of one code then holds for those
+    that look like it, where unrelated vectors would have it learn every code's neighbours anew.
+    """
+    codes = codebook.detach().float()
+    scale = KERNEL_WIDTH * torch.pdist(codes).median()
+    frequencies = torch.randn(codes.shape[1], width, device=codes.device) / scale
+    return 2**0.5 * torch.cos(codes @ frequencies + 2 * math.pi * torch.rand(width, device=codes.device))
 
 
 @torch.no_grad()

@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paella.blocks import Attention2d, ResBlock
 from paella.conditioning import TextEncoders
 from paella.config import ModelConfig
+from paella.muon import Muon
 from paella.objective import add_noise, loss_weight
 from paella.unet import Paella
 
@@ -25,10 +27,12 @@ NUM_BUCKETS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW and its schedule."""
+    """AdamW, Muon beside it where wanted, and their schedule."""
 
     lr: float = 1e-4
-    """Peak learning rate."""
+    """Peak learning rate of AdamW."""
+    matrix_lr: float | None = None
+    """Peak learning rate of Muon, which then steps the matrices of the U-Net's blocks; if not given, AdamW steps everything."""
     warmup_steps: int = 10_000
     """Steps of linear warm-up."""
     final_lr_fraction: float = 1.0
@@ -36,24 +40,46 @@ class OptimConfig:
     weight_decay: float = 0.01
     """Decoupled weight decay."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the gradient's running mean and square."""
+    """Decay of the gradient's running mean and square in AdamW."""
     grad_clip: float = 1.0
     """Largest norm of the gradient."""
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"optim.lr={self.lr} is not allowed: above 0")
+        for name in ("lr", "matrix_lr"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"optim.{name}={value} is not allowed: above 0")
         if not 0 <= self.final_lr_fraction <= 1:
             raise ValueError(f"optim.final_lr_fraction={self.final_lr_fraction} is not allowed: 0 to 1")
 
-    def optimizer(self, parameters) -> torch.optim.AdamW:
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
-        return torch.optim.AdamW(trained, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=True)
+    def optimizers(self, model: nn.Module) -> list[torch.optim.Optimizer]:
+        """The optimizers of a model's trained parameters; `set_lr` before each step."""
+        matrices = [] if self.matrix_lr is None else block_matrices(model)
+        chosen = set(matrices)
+        others = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in chosen]
+        made: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(others, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=True)
+        ]
+        if self.matrix_lr is not None:
+            made.append(Muon(matrices, lr=self.matrix_lr, weight_decay=self.weight_decay))
+        return made
 
-    def lr_at(self, step: int, num_steps: int) -> float:
+    def set_lr(self, optimizers: Sequence[torch.optim.Optimizer], step: int, num_steps: int) -> float:
+        """Set the learning rates of a step; returns AdamW's."""
         warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
         cosine = 0.5 * (1 + math.cos(math.pi * step / num_steps))
-        return self.lr * warmup * (self.final_lr_fraction + (1 - self.final_lr_fraction) * cosine)
+        factor = warmup * (self.final_lr_fraction + (1 - self.final_lr_fraction) * cosine)
+        for optimizer in optimizers:
+            peak = self.matrix_lr if isinstance(optimizer, Muon) else self.lr
+            assert peak is not None
+            for group in optimizer.param_groups:
+                group["lr"] = peak * factor
+        return self.lr * factor
+
+
+def block_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The weight matrices of the U-Net's MLPs and attention: what Muon is for."""
+    blocks = [module for module in model.modules() if isinstance(module, ResBlock | Attention2d)]
+    return [parameter for block in blocks for parameter in block.parameters() if parameter.ndim == 2]
 
 
 class TextToTokens(nn.Module):

@@ -25,6 +25,7 @@ WORKER_ENVIRONMENT = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**33),
     "MALLOC_TOP_PAD_": str(2**26),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # pages of 2 MB, where the kernel has them
     # a worker's print goes to the driver by Ray's logs already
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -106,7 +107,7 @@ def presets() -> dict[str, TrainConfig]:
     tiny = TrainConfig(
         **places,
         model=PRESETS["tiny"],
-        optim=OptimConfig(lr=1.5e-3, warmup_steps=50, final_lr_fraction=0.02, betas=(0.9, 0.99)),
+        optim=OptimConfig(lr=1.5e-3, matrix_lr=1e-2, warmup_steps=50, final_lr_fraction=0.02, betas=(0.9, 0.99)),
         steps=2000,
         global_batch_size=64,
         num_workers=2,
@@ -189,17 +190,18 @@ def train_worker(arguments: dict) -> None:
     config: TrainConfig = arguments["config"]
     rank, world_size, device = setup_worker(arguments, config.seed)
     model = TextToTokens(config.model).to(device).train()
+    vqgan = load_vqgan(config.vqgan)[0].to(device)
     if config.init == "short-run":
-        initialise_unet(model.unet)
+        initialise_unet(model.unet, vqgan.vquantizer.codebook.weight)
         if config.model.text.new_byt5 is not None:
             initialise_byt5(model.text.byt5)
     num_parameters = count_parameters(model)
     shard(model, compute_dtype(config.precision, device))
-    optimizer = config.optim.optimizer(model.parameters())
+    optimizers = config.optim.optimizers(model)
     ema = Ema(model, config.ema_decay)
     with resume_directory() as directory:
-        start = checkpoint.load(directory, model, optimizer, ema) if directory else 0
-    samples = Samples(config, rank, world_size, device)
+        start = checkpoint.load(directory, model, optimizers, ema) if directory else 0
+    samples = Samples(config, vqgan, rank, world_size, device)
     if rank == 0:
         print(f"{num_parameters / 1e6:.1f} M parameters on {world_size} workers, from step {start}", flush=True)
 
@@ -213,14 +215,14 @@ def train_worker(arguments: dict) -> None:
     progress = Progress("train", config.steps, start, enabled=rank == 0)
     report = Report(config, arguments["mlflow_run"], rank, world_size)
     for step, batch in zip(range(start, config.steps), batches, strict=False):
-        metrics = train_step(model, optimizer, config, step, batch, rank, device)
+        metrics = train_step(model, optimizers, config, step, batch, rank, device)
         ema.update(model, step)
         progress.update(step + 1, report.step(step, metrics))
         done = step + 1
         if done % config.sample_every == 0 or done == config.steps:
             samples.draw(model, ema, done, report)
         if done % config.checkpoint_every == 0 and done < config.steps:
-            _checkpoint(model, optimizer, ema, done)
+            _checkpoint(model, optimizers, ema, done)
     with ema.swapped_into(model):
         state = full_state_dict(model)
     if rank == 0:
@@ -229,12 +231,10 @@ def train_worker(arguments: dict) -> None:
 
 
 def train_step(
-    model: TextToTokens, optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, batch, rank: int, device
+    model: TextToTokens, optimizers: Sequence[torch.optim.Optimizer], config: TrainConfig, step: int, batch, rank: int, device
 ) -> dict[str, Tensor | float]:
     """One optimizer step on this worker's slice of a global batch."""
-    lr = config.optim.lr_at(step, config.steps)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    lr = config.optim.set_lr(optimizers, step, config.steps)
     tokens = torch.from_numpy(batch.tokens)
     first = step * config.global_batch_size + rank * len(tokens)
     numbers = range(first, first + len(tokens))
@@ -247,8 +247,9 @@ def train_step(
     loss, sums = loss_and_metrics(logits, tokens.to(device), moved, config.label_smoothing)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
-    optimizer.step()
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
     return {"sums": sums, "grad_norm": norm, "lr": lr}
 
 
@@ -295,11 +296,10 @@ class Report:
 class Samples:
     """Sheets of samples from the averaged weights: every rank generates its share with the sharded model."""
 
-    def __init__(self, config: TrainConfig, rank: int, world_size: int, device: torch.device) -> None:
-        self.config, self.rank, self.world_size, self.device = config, rank, world_size, device
+    def __init__(self, config: TrainConfig, vqgan: VQModel, rank: int, world_size: int, device: torch.device) -> None:
+        self.config, self.vqgan, self.rank, self.world_size, self.device = config, vqgan, rank, world_size, device
         prompts = sample_prompts(config)
         self.prompts = prompts[: max(world_size, len(prompts) // world_size * world_size)]
-        self.vqgan: VQModel = load_vqgan(config.vqgan)[0].to(device)
 
     @torch.no_grad()
     def draw(self, model: TextToTokens, ema: Ema, step: int, report: Report) -> None:
@@ -333,9 +333,9 @@ def sample_sharded(model: TextToTokens, prompts: list[str], seeds: list[int], si
     return tokens
 
 
-def _checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema, step: int) -> None:
+def _checkpoint(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], ema: Ema, step: int) -> None:
     with tempfile.TemporaryDirectory() as directory:
-        checkpoint.save(directory, model, optimizer, ema, step)
+        checkpoint.save(directory, model, optimizers, ema, step)
         ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(directory))
 
 

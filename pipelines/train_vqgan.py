@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -129,10 +130,10 @@ def train_worker(arguments: dict) -> None:
     model = VQModel(config.model).to(device).train()
     if not config.encoder_context:
         leave_out_encoder_context(model)
-    optimizer = config.optim.optimizer(model.parameters())
+    optimizers = config.optim.optimizers(model)
     ema = Ema(model, config.ema_decay)
     with resume_directory() as directory:
-        start = checkpoint.load(directory, model, optimizer, ema) if directory else 0
+        start = checkpoint.load(directory, model, optimizers, ema) if directory else 0
     print(f"VQGAN on {len(images)} images, from step {start}", flush=True)
     dtype = compute_dtype(config.precision, device)
     used = torch.zeros(config.model.codebook_size, dtype=torch.bool, device=device)
@@ -148,7 +149,7 @@ def train_worker(arguments: dict) -> None:
         batch = _batch(images, config.batch_size, generator).to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             losses, indices, latents = vqgan_losses(model, batch, quantize=step >= config.continuous_steps)
-        _update(model, optimizer, config, step, torch.stack(list(losses.values())).sum())
+        _update(model, optimizers, config, step, torch.stack(list(losses.values())).sum())
         ema.update(model, step)
         if indices is not None:
             used[indices.unique()] = True
@@ -162,7 +163,7 @@ def train_worker(arguments: dict) -> None:
             progress.update(step + 1, f"loss {losses['l1'].item():.4f}  {share:.0%} of codes in use")
         progress.update(step + 1)
         if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
-            _checkpoint(model, optimizer, ema, step + 1)
+            _checkpoint(model, optimizers, ema, step + 1)
     with ema.swapped_into(model):
         finish(config, model.cpu().eval(), held_back, mlflow_run)
 
@@ -197,13 +198,13 @@ def vqgan_losses(model: VQModel, images: Tensor, *, quantize: bool) -> tuple[dic
     return losses, indices, latents
 
 
-def _update(model: VQModel, optimizer: torch.optim.Optimizer, config: TrainVQConfig, step: int, loss: Tensor) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = config.optim.lr_at(step, config.steps)
-    optimizer.zero_grad()
+def _update(model: VQModel, optimizers: Sequence[torch.optim.Optimizer], config: TrainVQConfig, step: int, loss: Tensor) -> None:
+    config.optim.set_lr(optimizers, step, config.steps)
+    model.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
 
 
 @torch.no_grad()
@@ -229,9 +230,9 @@ def _split(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (images[~held_back] if len(images) > 1 else images), images[held_back]
 
 
-def _checkpoint(model: VQModel, optimizer: torch.optim.Optimizer, ema: Ema, step: int) -> None:
+def _checkpoint(model: VQModel, optimizers: Sequence[torch.optim.Optimizer], ema: Ema, step: int) -> None:
     with tempfile.TemporaryDirectory() as directory:
-        checkpoint.save(directory, model, optimizer, ema, step)
+        checkpoint.save(directory, model, optimizers, ema, step)
         ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(directory))
 
 

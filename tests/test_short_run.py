@@ -7,14 +7,14 @@ import torch
 
 from paella.conditioning import TextEncoders
 from paella.config import PRESETS
-from paella.short_run import LOGIT_STD, initialise_byt5, initialise_unet
+from paella.short_run import LOGIT_STD, code_features, initialise_byt5, initialise_unet
 from paella.unet import Paella
 
 
 def first_logits(config):
     torch.manual_seed(0)
     unet = Paella(config).eval()
-    initialise_unet(unet)
+    initialise_unet(unet, torch.randn(config.num_labels, 8))
     tokens = torch.randint(config.num_labels, (2, 16, 16))
     return unet(tokens, torch.zeros(2), byt5=torch.randn(2, 5, config.byt5_embd))
 
@@ -23,6 +23,17 @@ def first_logits(config):
 def test_first_logits_have_a_useful_size(changes):
     logits = first_logits(dataclasses.replace(PRESETS["tiny"].unet, **changes))
     assert 0.7 * LOGIT_STD < logits.std() < 1.4 * LOGIT_STD
+
+
+def test_codes_that_look_alike_start_alike():
+    torch.manual_seed(0)
+    codebook = torch.randn(100, 8)
+    codebook[1] = codebook[0] + 0.05
+    features = code_features(codebook, 128)
+    likeness = features @ features.T / 128
+    assert likeness.diagonal().mean() == pytest.approx(1, abs=0.05)
+    assert likeness[0, 1] > 0.9
+    assert likeness[0, 2:].abs().mean() < 0.4
 
 
 def test_bytes_are_told_apart_by_what_stands_beside_them():

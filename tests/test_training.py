@@ -49,7 +49,7 @@ def test_noise_levels_reach_all_noise():
 def test_loss_falls_on_one_batch_and_dropped_captions_do_not_matter():
     torch.manual_seed(0)
     model = TextToTokens(SMALL)
-    optimizer = OptimConfig(lr=1e-2, warmup_steps=1).optimizer(model.parameters())
+    (optimizer,) = OptimConfig(lr=1e-2, warmup_steps=1).optimizers(model)
     tokens = torch.randint(4, (8, 8, 8))
     text = model.text.tokenize([f"caption {i}" for i in range(8)])
     draws = draw_noise(tokens, 256, 0, range(8), 0.0)
@@ -86,13 +86,29 @@ def test_metrics_by_noise_level():
 
 
 def test_schedule():
-    optim = OptimConfig(lr=1.0, warmup_steps=10, final_lr_fraction=0.1)
-    assert optim.lr_at(0, 100) == pytest.approx(0.1)
-    assert optim.lr_at(9, 100) > 0.9
-    assert optim.lr_at(100, 100) == pytest.approx(0.1)
-    assert OptimConfig(lr=1.0, warmup_steps=1).lr_at(50, 100) == 1.0
-    with pytest.raises(ValueError, match=r"optim\.lr"):
-        OptimConfig(lr=0.0)
+    model = TextToTokens(SMALL)
+    optim = OptimConfig(lr=1.0, matrix_lr=4.0, warmup_steps=10, final_lr_fraction=0.1)
+    adamw, muon = optim.optimizers(model)
+    assert optim.set_lr([adamw, muon], 0, 100) == pytest.approx(0.1)
+    assert [group["lr"] for group in adamw.param_groups + muon.param_groups] == pytest.approx([0.1, 0.4])
+    assert optim.set_lr([adamw], 9, 100) > 0.9
+    assert optim.set_lr([adamw], 100, 100) == pytest.approx(0.1)
+    assert OptimConfig(lr=1.0, warmup_steps=1).set_lr([adamw], 50, 100) == 1.0
+    for name in ("lr", "matrix_lr"):
+        with pytest.raises(ValueError, match=rf"optim\.{name}"):
+            OptimConfig(**{name: 0.0})
+
+
+def test_every_trained_parameter_has_one_optimizer_and_muon_the_matrices_of_blocks():
+    model = TextToTokens(SMALL)
+    adamw, muon = (
+        {id(p) for group in o.param_groups for p in group["params"]} for o in OptimConfig(matrix_lr=1e-2).optimizers(model)
+    )
+    assert adamw | muon == {id(p) for p in model.parameters() if p.requires_grad}
+    assert not adamw & muon
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in muon}
+    assert {name.split(".")[-2] for name in names} == {"0", "4", "attn", "out_proj"}  # the MLP's two, and attention's
+    assert all("_blocks" in name for name in names)
 
 
 def test_ema_follows_and_swaps_back():
@@ -111,16 +127,17 @@ def test_checkpoint_restores_weights_optimizer_and_averages(tmp_path):
     def build():
         torch.manual_seed(0)
         model = TextToTokens(SMALL)
-        return model, OptimConfig().optimizer(model.parameters()), Ema(model, 0.9)
+        return model, OptimConfig(matrix_lr=1e-3).optimizers(model), Ema(model, 0.9)
 
-    def train(model, optimizer, ema, steps):
+    def train(model, optimizers, ema, steps):
         tokens = torch.randint(256, (2, 8, 8), generator=torch.Generator().manual_seed(1))
         text = model.text.tokenize(["a", "b"])
         for step in steps:
             draws = draw_noise(tokens, 256, 0, range(2 * step, 2 * step + 2), 0.0)
             loss_and_metrics(model(draws.noised, draws.t, text.ids, text.mask, draws.keep), tokens, draws, 0.1)[0].backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
             ema.update(model, step)
 
     undisturbed = build()

@@ -1,0 +1,55 @@
+"""Muon: the same steps as torch's own on whole matrices, and the same again on shards."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.fsdp import fully_shard
+
+from paella.muon import Muon, orthogonalize
+
+SETTINGS = {"lr": 1e-2, "weight_decay": 0.1, "momentum": 0.9}
+
+
+def train(optimizer_of, shard=lambda model: model):
+    """Weights of two layers, one wide and one tall, with an odd number of rows, after four steps."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 7, bias=False), torch.nn.Linear(7, 5, bias=False))
+    shard(model)
+    optimizer = optimizer_of(model.parameters())
+    inputs = torch.randn(8, 6)
+    for _ in range(4):
+        model(inputs).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for p in model.parameters()]
+
+
+def ours(parameters):
+    return Muon(parameters, **SETTINGS)
+
+
+def test_steps_equal_torchs():
+    theirs = train(lambda p: torch.optim.Muon(p, **SETTINGS, adjust_lr_fn="match_rms_adamw"))
+    for a, b in zip(train(ours), theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+
+
+def _worker(rank, store, expected):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    for a, b in zip(train(ours, fully_shard), expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+    dist.destroy_process_group()
+
+
+def test_shards_step_as_the_whole(tmp_path):
+    mp.spawn(_worker, (tmp_path / "store", train(ours)), nprocs=2)
+
+
+def test_orthogonalize_and_bad_input():
+    torch.manual_seed(0)
+    for shape in ((20, 30), (30, 20)):
+        values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)).float())
+        assert values.min() > 0.5 and values.max() < 1.4
+    with pytest.raises(ValueError, match="matrices"):
+        Muon([torch.nn.Parameter(torch.zeros(3))], lr=1.0)
