@@ -42,24 +42,34 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step(parameter, group["lr"], group["momentum"], group["weight_decay"])
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            # this rank's rows as plain tensors: as DTensors these small sums would take longer than the iterations below
+            weights = [_rows(parameter) for parameter in parameters]
+            gradients = [_rows(parameter.grad) for parameter in parameters]
+            means = [_rows(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
+            torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
+            updates = torch._foreach_lerp(gradients, means, group["momentum"])
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            for parameter, weight, update in zip(parameters, weights, updates, strict=True):
+                size = group["lr"] * ADAMW_SCALE * max(parameter.shape) ** 0.5
+                weight.add_(_orthogonal_rows(update, parameter), alpha=-size)
 
-    def _step(self, parameter: Tensor, lr: float, momentum: float, weight_decay: float) -> None:
-        gradient, state = parameter.grad, self.state[parameter]
-        assert gradient is not None
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(gradient)
-        mean = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-        update = gradient.lerp(mean, momentum)
-        if isinstance(update, DTensor):
-            whole = orthogonalize(update.full_tensor())
-            update = distribute_tensor(whole, update.device_mesh, update.placements, src_data_rank=None)  # all ranks hold it
-        else:
-            update = orthogonalize(update)
-        parameter.mul_(1 - lr * weight_decay)
-        parameter.add_(update, alpha=-lr * ADAMW_SCALE * max(parameter.shape) ** 0.5)
+
+def _rows(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _orthogonal_rows(update: Tensor, like: Tensor) -> Tensor:
+    """This rank's rows of the orthogonalized update; like tells how the matrix is sharded."""
+    if not isinstance(like, DTensor):
+        return orthogonalize(update)
+    mesh, placements = like.device_mesh, like.placements
+    sharded = DTensor.from_local(update, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+    whole = orthogonalize(sharded.full_tensor()).contiguous()
+    return distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local()  # every rank holds it: nothing is sent
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ def presets() -> dict[str, TrainConfig]:
         **places,
         model=PRESETS["tiny"],
         optim=OptimConfig(lr=1.5e-3, matrix_lr=1e-2, warmup_steps=50, final_lr_fraction=0.02, betas=(0.9, 0.99)),
-        steps=2000,
+        steps=1900,
         global_batch_size=64,
         num_workers=2,
         ema_decay=0.995,
