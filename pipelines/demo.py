@@ -39,7 +39,7 @@ class DemoConfig:
     """Generated scenes."""
     vqgan_steps: int = 1100
     """Optimizer steps of the VQGAN."""
-    train_steps: int = 2000
+    train_steps: int = 1900
     """Optimizer steps of the U-Net."""
     num_prompts: int = 256
     """Pictures to generate at the end; the first 64 make the contact sheet."""
