@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from paella.conditioning import TextEncoders, unconditional
+from paella.conditioning import Conditions, TextEncoders, unconditional
 from paella.config import ModelConfig, VQConfig
-from paella.sampler import SamplingConfig, sample
+from paella.sampler import MODEL_CARD, Canvas, SamplingConfig, sample, start
 from paella.storage import local_directory, new_directory
 from paella.unet import Paella
 from paella.vqgan import VQModel
@@ -39,6 +39,39 @@ class Bundle:
     text: TextEncoders
     digest: str
 
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """(width, height) of the training images, in pixels."""
+        return self.config.image_size, self.config.image_size
+
+    @torch.inference_mode()
+    def conditions(self, prompt: str, *, clip_image: Tensor | None = None) -> dict[str, Tensor]:
+        """The U-Net's conditions of a prompt, and of image embeddings (1,D) or (1,M,D) where given, as a batch of one."""
+        conditions = self.text([prompt])
+        if clip_image is not None:
+            conditions["clip_image"] = clip_image
+        return conditions
+
+    def negative(self, conditions: Conditions, negative_prompt: str | None = None) -> dict[str, Tensor]:
+        """What guidance leads away from: the conditions without their prompt, or those of a negative prompt."""
+        return unconditional(conditions) if not negative_prompt else self.conditions(negative_prompt)
+
+    def canvas(
+        self,
+        conditions: Conditions,
+        negative: Conditions,
+        *,
+        seed: int,
+        size: tuple[int, int] | None = None,
+        config: SamplingConfig = MODEL_CARD,
+        tokens: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Canvas:
+        """A new picture under one prompt's conditions: of `size` in pixels, or as large as (h,w) `tokens`; see `start`."""
+        grid = self.config.grid(*(size or self.default_size)) if tokens is None else (tokens.shape[0], tokens.shape[1])
+        prepared = [self.unet.prepare(**conditions)], self.unet.prepare(**negative)
+        return start(self.config.unet.num_labels, grid, *prepared, seed=seed, config=config, tokens=tokens, mask=mask)
+
     @torch.inference_mode()
     def generate_tokens(
         self,
@@ -47,20 +80,27 @@ class Bundle:
         *,
         size: tuple[int, int] | None = None,
         sampling: SamplingConfig | None = None,
-        on_step=None,
+        on_step: Callable[[Sequence[Canvas]], None] | None = None,
     ) -> Tensor:
         """Token grids (B,H,W) of prompts; size is (width, height) in pixels, the training size if not given."""
-        side = self.config.image_size
-        conditions = self.text(prompts)
-        return sample(
-            self.unet,
-            conditions,
-            unconditional(conditions),
-            seeds=seeds,
-            size=self.config.grid(*(size or (side, side))),
-            config=sampling,
-            on_step=on_step,
-        )
+        canvases = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            conditions = self.conditions(prompt)
+            canvases.append(
+                self.canvas(conditions, self.negative(conditions), seed=seed, size=size, config=sampling or MODEL_CARD)
+            )
+        return sample(self.unet, canvases, codebook=self.vqgan.vquantizer, on_step=on_step)
+
+    @torch.inference_mode()
+    def encode(self, image: Tensor) -> Tensor:
+        """Token grid (h,w) of one image (3,H,W) in [0,1]."""
+        weight = self.vqgan.vquantizer.codebook.weight
+        return self.vqgan.encode(image[None].to(weight.device, weight.dtype))[0]
+
+    @torch.inference_mode()
+    def clip_image_embeddings(self, images: Sequence[Tensor]) -> Tensor:
+        """CLIP embeddings (M,D) of images (3,H,W) in [0,1]. Raises ValueError for a model without CLIP."""
+        return self.text.clip_image_embeddings(images)
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor) -> Tensor:

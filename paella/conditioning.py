@@ -13,12 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from paella.config import TextConfig
+from paella.images import to_uint8
 
 if TYPE_CHECKING:
     from transformers import T5EncoderModel  # its import takes seconds, so it waits until an encoder is made or loaded
+
+Conditions = Mapping[str, Tensor]
+"""Keyword arguments of `Paella.forward`: byt5, byt5_mask, clip, clip_image, attn_weights."""
 
 
 @dataclass(frozen=True)
@@ -120,13 +125,25 @@ class TextEncoders(nn.Module):
             return None
         return self.clip.encode_text(self.clip_tokenizer(list(prompts)).to(self.device))
 
+    def clip_image_embeddings(self, images: Sequence[Tensor]) -> Tensor:
+        """CLIP embeddings (B,D) of images (3,H,W) in [0,1]. Raises ValueError for a model without CLIP."""
+        if self.clip is None:
+            raise ValueError("this model has no CLIP encoder, so it cannot be given images to look at")
+        from open_clip import get_model_preprocess_cfg
+        from open_clip.transform import PreprocessCfg, image_transform_v2
 
-def unconditional(conditions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        preprocess: Any = image_transform_v2(PreprocessCfg(**get_model_preprocess_cfg(self.clip)), is_train=False)
+        pixels = [Image.fromarray(array) for image in images for array in to_uint8(image[None])]
+        batch = torch.stack([preprocess(image) for image in pixels])
+        return self.clip.encode_image(batch.to(self.device, next(self.clip.parameters()).dtype))
+
+
+def unconditional(conditions: Conditions) -> dict[str, Tensor]:
     """Conditions without a prompt, as published: zeros in place of states and embeddings, no image embedding."""
     return {
         name: value if name == "byt5_mask" else torch.zeros_like(value)
         for name, value in conditions.items()
-        if name != "clip_image"
+        if name not in ("clip_image", "attn_weights")
     }
 
 

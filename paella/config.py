@@ -1,4 +1,4 @@
-"""Configurations of the two networks and the named presets.
+"""Configurations of the networks and the named presets.
 
 The field names are the seed's constructor arguments, so a published `config.json` reads as it stands.
 Every config is frozen, checks itself in `__post_init__` and raises `ValueError` with the field, the value and
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 
-def _require(ok: bool, field: str, value: object, allowed: str) -> None:
+def require(ok: bool, field: str, value: object, allowed: str) -> None:
+    """Raises ValueError with the field, its value and what is allowed."""
     if not ok:
         raise ValueError(f"{field}={value!r} is not allowed: {allowed}")
 
@@ -75,20 +76,20 @@ class PaellaConfig(_Config):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         levels = len(self.c_hidden)
         for name in ("nhead", "blocks", "level_config"):
-            _require(
+            require(
                 len(getattr(self, name)) == levels,
                 name,
                 getattr(self, name),
                 f"one value per level of c_hidden, {levels}",
             )
         for name in ("c_in", "c_out", "num_labels", "patch_size", "c_cond", "clip_embd", "byt5_embd", "clip_seq_len"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
-        _require(self.c_r >= 4, "c_r", self.c_r, "an integer of at least 4")
-        _require(self.kernel_size % 2 == 1, "kernel_size", self.kernel_size, "an odd integer")
-        _require(0 <= self.dropout < 1, "dropout", self.dropout, "a number in [0, 1)")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+        require(self.c_r >= 4, "c_r", self.c_r, "an integer of at least 4")
+        require(self.kernel_size % 2 == 1, "kernel_size", self.kernel_size, "an odd integer")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "a number in [0, 1)")
         for width, heads, group in zip(self.c_hidden, self.nhead, self.level_config, strict=True):
-            _require(bool(group) and set(group) <= set("CTA"), "level_config", group, "letters of C, T and A")
-            _require(
+            require(bool(group) and set(group) <= set("CTA"), "level_config", group, "letters of C, T and A")
+            require(
                 "A" not in group or (heads > 0 and width % heads == 0),
                 "nhead",
                 heads,
@@ -119,13 +120,13 @@ class VQConfig(_Config):
     """Latents are divided by this on the way out of `encode` and multiplied on the way into `decode`."""
 
     def __post_init__(self) -> None:
-        _require(self.levels >= 1, "levels", self.levels, "an integer of at least 1")
-        _require(self.bottleneck_blocks >= 1, "bottleneck_blocks", self.bottleneck_blocks, "an integer of at least 1")
-        _require(self.c_latent >= 1, "c_latent", self.c_latent, "an integer of at least 1")
-        _require(2 <= self.codebook_size <= 65536, "codebook_size", self.codebook_size, "2 to 65536 (tokens are uint16)")
-        _require(self.scale_factor > 0, "scale_factor", self.scale_factor, "a positive number")
+        require(self.levels >= 1, "levels", self.levels, "an integer of at least 1")
+        require(self.bottleneck_blocks >= 1, "bottleneck_blocks", self.bottleneck_blocks, "an integer of at least 1")
+        require(self.c_latent >= 1, "c_latent", self.c_latent, "an integer of at least 1")
+        require(2 <= self.codebook_size <= 65536, "codebook_size", self.codebook_size, "2 to 65536 (tokens are uint16)")
+        require(self.scale_factor > 0, "scale_factor", self.scale_factor, "a positive number")
         divisor = 2 ** (self.levels - 1)
-        _require(
+        require(
             self.c_hidden >= divisor and self.c_hidden % divisor == 0,
             "c_hidden",
             self.c_hidden,
@@ -136,6 +137,25 @@ class VQConfig(_Config):
     def downsampling(self) -> int:
         """Pixels per token and side: 4 for f4."""
         return 2**self.levels
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorConfig(_Config):
+    """The prior. The defaults are the published model (`prior_v1.pt`)."""
+
+    clip_r: int = 1024
+    """Width of the CLIP text and image embeddings."""
+    c_hidden: int = 1280
+    """Width of the residual stream; a block's hidden layer has four times that."""
+    c_r: int = 64
+    """Width of the noise-level embedding."""
+    num_blocks: int = 48
+    """Residual blocks."""
+
+    def __post_init__(self) -> None:
+        for name in ("clip_r", "c_hidden", "num_blocks"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+        require(self.c_r >= 4, "c_r", self.c_r, "an integer of at least 4")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +172,7 @@ class NewByT5(_Config):
     """Attention heads."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.num_heads >= 1 and self.d_model % self.num_heads == 0,
             "num_heads",
             self.num_heads,
@@ -176,7 +196,7 @@ class TextConfig(_Config):
     def __post_init__(self) -> None:
         if isinstance(self.new_byt5, dict):
             object.__setattr__(self, "new_byt5", NewByT5.from_dict(self.new_byt5))
-        _require(self.max_length >= 1, "max_length", self.max_length, "an integer of at least 1")
+        require(self.max_length >= 1, "max_length", self.max_length, "an integer of at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,23 +213,28 @@ class ModelConfig(_Config):
         for name, kind in (("unet", PaellaConfig), ("vqgan", VQConfig), ("text", TextConfig)):
             if isinstance(value := getattr(self, name), dict):
                 object.__setattr__(self, name, kind.from_dict(value))
-        _require(
+        require(
             self.unet.num_labels == self.vqgan.codebook_size,
             "unet.num_labels",
             self.unet.num_labels,
             f"the VQGAN's codebook_size, {self.vqgan.codebook_size}",
         )
-        multiple = self.vqgan.downsampling * self.unet.grid_multiple
-        _require(
+        multiple = self.size_multiple
+        require(
             self.image_size >= multiple and self.image_size % multiple == 0,
             "image_size",
             self.image_size,
             f"a multiple of {multiple}",
         )
 
+    @property
+    def size_multiple(self) -> int:
+        """Sides of an image are multiples of this: 32 for the published model."""
+        return self.vqgan.downsampling * self.unet.grid_multiple
+
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """(H, W) of the token grid of an image; raises ValueError for a size the model cannot make."""
-        multiple = self.vqgan.downsampling * self.unet.grid_multiple
+        multiple = self.size_multiple
         if width < multiple or height < multiple or width % multiple or height % multiple:
             raise ValueError(f"size {width}x{height} is not allowed: width and height must be multiples of {multiple}")
         return height // self.vqgan.downsampling, width // self.vqgan.downsampling

@@ -19,6 +19,7 @@ from paella.conditioning import TextEncoders
 from paella.config import ModelConfig
 from paella.muon import Muon
 from paella.objective import add_noise, loss_weight
+from paella.prior import PriorBlock
 from paella.unet import Paella
 
 NUM_BUCKETS = 4
@@ -32,7 +33,7 @@ class OptimConfig:
     lr: float = 1e-4
     """Peak learning rate of AdamW."""
     matrix_lr: float | None = None
-    """Peak learning rate of Muon, which then steps the matrices of the U-Net's blocks; if not given, AdamW steps everything."""
+    """Peak learning rate of Muon, which then steps the matrices of the blocks; if not given, AdamW steps everything."""
     warmup_steps: int = 10_000
     """Steps of linear warm-up."""
     final_lr_fraction: float = 1.0
@@ -77,8 +78,8 @@ class OptimConfig:
 
 
 def block_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The weight matrices of the U-Net's MLPs and attention: what Muon is for."""
-    blocks = [module for module in model.modules() if isinstance(module, ResBlock | Attention2d)]
+    """The weight matrices of the U-Net's MLPs and attention, or of the prior's blocks: what Muon is for."""
+    blocks = [module for module in model.modules() if isinstance(module, ResBlock | Attention2d | PriorBlock)]
     return [parameter for block in blocks for parameter in block.parameters() if parameter.ndim == 2]
 
 
@@ -145,18 +146,29 @@ def loss_and_metrics(logits: Tensor, tokens: Tensor, draws: Draws, label_smoothi
     loss = per_image.mean()
     with torch.no_grad():
         accuracy = (flat.argmax(1) == tokens.flatten()).float().mean()
-        bucket = (draws.t * NUM_BUCKETS).long().clamp(max=NUM_BUCKETS - 1)
-        by_level = torch.zeros(NUM_BUCKETS).index_add_(0, bucket, per_image.cpu())
-        counts = torch.bincount(bucket, minlength=NUM_BUCKETS)
-        sums = torch.cat([torch.stack([accuracy, loss]).cpu(), by_level, counts])
+        sums = torch.cat([torch.stack([accuracy, loss]), sums_by_level(draws.t, per_image)])
     return loss, sums
 
 
 def metrics_of(sums: Tensor, num_steps: int) -> dict[str, float]:
     """Named means from the sums of `loss_and_metrics` over num_steps steps."""
     accuracy, loss = (sums[:2] / num_steps).tolist()
-    metrics = {"loss": loss, "accuracy": accuracy}
-    by_level, counts = sums[2:].view(2, NUM_BUCKETS)
+    return {"loss": loss, "accuracy": accuracy} | means_by_level(sums[2:])
+
+
+@torch.no_grad()
+def sums_by_level(t: Tensor, losses: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Sums of losses and numbers of samples by noise level: (B,), (B,) → (2·NUM_BUCKETS,); only samples that are counted (B,)."""
+    weight = torch.ones_like(losses) if counted is None else counted.to(losses.dtype)
+    bucket = (t * NUM_BUCKETS).long().clamp(max=NUM_BUCKETS - 1)
+    values = torch.stack([losses * weight, weight])
+    return values.new_zeros(2, NUM_BUCKETS).index_add_(1, bucket, values).flatten()
+
+
+def means_by_level(sums: Tensor) -> dict[str, float]:
+    """Named mean losses of the noise levels that occurred, from `sums_by_level`."""
+    metrics = {}
+    by_level, counts = sums.view(2, NUM_BUCKETS)
     for index in range(NUM_BUCKETS):
         if counts[index] > 0:
             low, high = index / NUM_BUCKETS, (index + 1) / NUM_BUCKETS

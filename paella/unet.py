@@ -6,14 +6,42 @@ B batch, H W token grid, K codes, S conditioning tokens, D width of an input emb
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paella.blocks import EPS, AttnBlock, LayerNorm2d, ResBlock, TimestepBlock
+from paella.blocks import EPS, AttnBlock, LayerNorm2d, ResBlock, TimestepBlock, embed_noise_level
 from paella.config import PaellaConfig
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Conditions of B images, ready for every step of the sampler.
+
+    keys_values holds what the attention blocks, in their order, made of the conditioning tokens: each (B,S,2C). mask (B,S) is
+    True where a token counts; None if all do.
+    """
+
+    keys_values: tuple[Tensor, ...]
+    mask: Tensor | None
+    device: torch.device
+
+    @classmethod
+    def stack(cls, rows: Sequence[Prepared]) -> Prepared:
+        """One batch of several; shorter ones are padded and the padding masked."""
+        lengths = [row.keys_values[0].shape[1] if row.keys_values else 0 for row in rows]
+        longest = max(lengths)
+        device = rows[0].device
+        padded = [[F.pad(kv, (0, 0, 0, longest - n)) for kv in row.keys_values] for row, n in zip(rows, lengths, strict=True)]
+        keys_values = tuple(torch.cat(of_block) for of_block in zip(*padded, strict=True))
+        if not keys_values or (len(set(lengths)) == 1 and all(row.mask is None for row in rows)):
+            return cls(keys_values, None, device)
+        whole = (row.keys_values[0].new_ones(row.keys_values[0].shape[:2], dtype=torch.bool) for row in rows)
+        masks = [every if row.mask is None else row.mask for row, every in zip(rows, whole, strict=True)]
+        return cls(keys_values, torch.cat([F.pad(mask, (0, longest - mask.shape[1])) for mask in masks]), device)
 
 
 class Paella(nn.Module):
@@ -34,13 +62,17 @@ class Paella(nn.Module):
             nn.Embedding(c.num_labels, c.c_in), nn.LayerNorm(c.c_in, elementwise_affine=False, eps=EPS)
         )
         self.embedding = nn.Sequential(
-            nn.PixelUnshuffle(c.patch_size), nn.Conv2d(c.c_in * c.patch_size**2, c.c_hidden[0], 1), LayerNorm2d()
+            nn.PixelUnshuffle(c.patch_size) if c.patch_size > 1 else nn.Identity(),
+            nn.Conv2d(c.c_in * c.patch_size**2, c.c_hidden[0], 1),
+            LayerNorm2d(),
         )
         levels = range(len(c.c_hidden))
         self.down_blocks = nn.ModuleList(self._down_level(level) for level in levels)
         self.up_blocks = nn.ModuleList(self._up_level(level) for level in reversed(levels))
         self.clf = nn.Sequential(
-            LayerNorm2d(), nn.Conv2d(c.c_hidden[0], c.c_out * c.patch_size**2, 1), nn.PixelShuffle(c.patch_size)
+            LayerNorm2d(),
+            nn.Conv2d(c.c_hidden[0], c.c_out * c.patch_size**2, 1),
+            nn.PixelShuffle(c.patch_size) if c.patch_size > 1 else nn.Identity(),
         )
         self.out_mapper = nn.Sequential(LayerNorm2d(), nn.Conv2d(c.c_out, c.num_labels, 1, bias=False))
         self._init_weights()
@@ -102,32 +134,69 @@ class Paella(nn.Module):
 
     def embed_r(self, t: Tensor) -> Tensor:
         """Sinusoidal embedding of the noise level: (B,) in [0, 1] → (B,c_r)."""
-        half = self.config.c_r // 2
-        scale = -math.log(10_000) / (half - 1)
-        frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * scale)
-        angles = t.float()[:, None] * 10_000 * frequencies  # (B,half)
-        return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, self.config.c_r % 2))
+        return embed_noise_level(t, self.config.c_r)
 
     def embed_conditions(self, byt5: Tensor, clip: Tensor | None = None, clip_image: Tensor | None = None) -> Tensor:
         """All conditions as one sequence: byt5 (B,S,D), clip (B,D), clip_image (B,D) or several as (B,M,D) → (B,S',c_cond)."""
-        sequence = [self.byt5_mapper(byt5)]
+        dtype = self.byt5_mapper.weight.dtype
+        sequence = [self.byt5_mapper(byt5.to(dtype))]
         if clip is not None:
-            sequence.append(self.clip_mapper(clip).unflatten(1, (self.config.clip_seq_len, -1)))
+            sequence.append(self.clip_mapper(clip.to(dtype)).unflatten(1, (self.config.clip_seq_len, -1)))
         if clip_image is not None:
             images = clip_image[:, None] if clip_image.ndim == 2 else clip_image
-            groups = self.clip_image_mapper(images).unflatten(2, (self.config.clip_seq_len, -1))
+            groups = self.clip_image_mapper(images.to(dtype)).unflatten(2, (self.config.clip_seq_len, -1))
             sequence.append(groups.flatten(1, 2))
         return F.layer_norm(torch.cat(sequence, dim=1), (self.config.c_cond,), eps=EPS)
+
+    @property
+    def attention_blocks(self) -> list[AttnBlock]:
+        """In the order in which `forward` meets them."""
+        return [block for block in self.modules() if isinstance(block, AttnBlock)]
+
+    @torch.inference_mode()
+    def prepare(
+        self,
+        *,
+        byt5: Tensor,
+        clip: Tensor | None = None,
+        clip_image: Tensor | None = None,
+        byt5_mask: Tensor | None = None,
+        attn_weights: Tensor | None = None,
+    ) -> Prepared:
+        """The part of `forward` that only depends on the conditions; arguments as there."""
+        cond, mask, weight = self._sequence(byt5, clip, clip_image, byt5_mask, attn_weights)
+        if mask is not None and bool(mask.all()):
+            mask = None  # attention is faster without
+        return Prepared(tuple(block.keys_values(cond, weight) for block in self.attention_blocks), mask, cond.device)
+
+    def _sequence(
+        self,
+        byt5: Tensor,
+        clip: Tensor | None,
+        clip_image: Tensor | None,
+        byt5_mask: Tensor | None,
+        attn_weights: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The conditioning tokens (B,S',c_cond), their mask and their weights, each (B,S') or None."""
+        cond = self.embed_conditions(byt5, clip, clip_image)
+        mask, weight = byt5_mask, attn_weights
+        if mask is not None:
+            mask = F.pad(mask, (0, cond.shape[1] - mask.shape[1]), value=True)
+        if weight is not None:
+            weight = F.pad(weight.expand(len(cond), -1), (cond.shape[1] - weight.shape[-1], 0), value=1.0)
+        return cond, mask, weight
 
     def forward(
         self,
         tokens: Tensor,
         t: Tensor,
         *,
-        byt5: Tensor,
+        byt5: Tensor | None = None,
         clip: Tensor | None = None,
         clip_image: Tensor | None = None,
         byt5_mask: Tensor | None = None,
+        attn_weights: Tensor | None = None,
+        prepared: Prepared | None = None,
     ) -> Tensor:
         """Logits of the clean tokens.
 
@@ -136,6 +205,9 @@ class Paella(nn.Module):
             t: (B,) noise level in [0, 1], 1 = all noise.
             byt5, clip, clip_image: see `embed_conditions`.
             byt5_mask: (B,S) True where a text state counts; padding is kept out of attention.
+            attn_weights: (n,) or (B,n) factors of the attention, after its softmax, to the last n conditioning tokens: those of
+                the image embedding, `config.clip_seq_len` each.
+            prepared: all of the conditions, from `prepare`, in place of the above.
 
         Returns:
             (B,K,H,W). Raises ValueError on a grid of the wrong shape.
@@ -146,33 +218,44 @@ class Paella(nn.Module):
                 f"tokens have shape {tuple(tokens.shape)}, but (batch, height, width) with sides that are "
                 f"multiples of {multiple} are needed"
             )
-        cond = self.embed_conditions(byt5, clip, clip_image)  # (B,S',c_cond)
-        mask = None
-        if byt5_mask is not None:
-            mask = F.pad(byt5_mask, (0, cond.shape[1] - byt5.shape[1]), value=True)  # (B,S')
-        r_embed = self.embed_r(t).to(cond.dtype)
+        if prepared is None:
+            if byt5 is None:
+                raise ValueError("the U-Net needs text states: byt5=…, or prepared=… in place of all conditions")
+            cond, mask, weight = self._sequence(byt5, clip, clip_image, byt5_mask, attn_weights)
+            attend = _Attend(cond, mask, weight, iter(()))
+        else:
+            attend = _Attend(None, prepared.mask, None, iter(prepared.keys_values))
         x = self.embedding(self.in_mapper(tokens).permute(0, 3, 1, 2))  # (B,C0,H/p,W/p)
         x = x.contiguous(memory_format=torch.channels_last)
+        r_embed = self.embed_r(t).to(x.dtype)
         skips: list[Tensor] = []
         for level in self.down_blocks:
-            x = self._run(level, x, r_embed, cond, mask)
+            x = self._run(level, x, r_embed, attend)
             skips.append(x)
         skips.pop()
         for index, level in enumerate(self.up_blocks):
-            x = self._run(level, x, r_embed, cond, mask, skips.pop() if index > 0 else None)
+            x = self._run(level, x, r_embed, attend, skips.pop() if index > 0 else None)
         return self.out_mapper(self.clf(x))  # (B,K,H,W)
 
     @staticmethod
-    def _run(
-        level: nn.Module, x: Tensor, r_embed: Tensor, cond: Tensor, mask: Tensor | None, skip: Tensor | None = None
-    ) -> Tensor:
+    def _run(level: nn.Module, x: Tensor, r_embed: Tensor, attend: _Attend, skip: Tensor | None = None) -> Tensor:
         for block in level.children():
             if isinstance(block, ResBlock):
                 x, skip = block(x, skip), None
             elif isinstance(block, TimestepBlock):
                 x = block(x, r_embed)
             elif isinstance(block, AttnBlock):
-                x = block(x, cond, mask)
+                x = block(x, attend.cond, attend.mask, attend.weight, next(attend.keys_values, None))
             else:
                 x = block(x)
         return x
+
+
+@dataclass(frozen=True)
+class _Attend:
+    """What one pass gives its attention blocks: the conditioning tokens, or keys and values made ahead, block by block."""
+
+    cond: Tensor | None
+    mask: Tensor | None
+    weight: Tensor | None
+    keys_values: Iterator[Tensor]

@@ -88,7 +88,10 @@ def emergence(bundle: Bundle, prompts: list[str]) -> Image.Image:
     rows: list[torch.Tensor] = []
     config = presets()["tiny"].sampling
     bundle.generate_tokens(
-        prompts, list(range(len(prompts))), sampling=config, on_step=lambda _, tokens: rows.append(tokens.clone())
+        prompts,
+        list(range(len(prompts))),
+        sampling=config,
+        on_step=lambda canvases: rows.append(torch.stack([canvas.prediction for canvas in canvases])),
     )
     images = [to_uint8(bundle.decode(tokens)) for tokens in rows]  # steps × (B,H,W,3)
     cells = [images[step][row] for row in range(len(prompts)) for step in range(len(images))]

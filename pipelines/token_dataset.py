@@ -1,7 +1,9 @@
 """The token dataset: Parquet shards of VQGAN tokens and captions, with `dataset.json` beside them.
 
-Contract (docs/architecture.md): `id`, `tokens` (fixed_size_list<uint16>, row-major), `caption`, `width`, `height`, `sha256`;
-schema metadata with grid, codebook size, VQGAN digest and format version. Plain pyarrow, DuckDB or pandas read it.
+Contract (docs/architecture.md): `id`, `tokens` (fixed_size_list<uint16>, row-major), `caption`, `width`, `height`, `sha256`
+and, if asked for, `clip_text` and `clip_image` (fixed_size_list<float16>, NaN in rows that have none: pyarrow 25 writes a null
+there but cannot read it, apache/arrow#35692); schema metadata with grid, codebook size, VQGAN digest, width of the CLIP
+embeddings and format version. Plain pyarrow, DuckDB or pandas read it.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 FORMAT_VERSION = 1
+CLIP_COLUMNS = ("clip_text", "clip_image")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +30,13 @@ class TokenFormat:
     grid_width: int
     codebook_size: int
     vqgan_digest: str
+    clip_embd: int | None = None
+    """Width of the CLIP embeddings; None where there are none."""
 
     def schema(self) -> pa.Schema:
-        metadata = {f"paella.{name}": str(value) for name, value in vars(self).items()}
+        metadata = {f"paella.{name}": str(value) for name, value in vars(self).items() if value is not None}
+        clip_type = None if self.clip_embd is None else pa.list_(pa.float16(), self.clip_embd)
+        clip = [pa.field(name, clip_type, nullable=False) for name in CLIP_COLUMNS if clip_type is not None]
         return pa.schema(
             [
                 pa.field("id", pa.string(), nullable=False),
@@ -38,6 +45,7 @@ class TokenFormat:
                 pa.field("width", pa.int32()),
                 pa.field("height", pa.int32()),
                 pa.field("sha256", pa.string()),
+                *clip,
             ],
             metadata={"paella.format_version": str(FORMAT_VERSION), **metadata},
         )
@@ -53,6 +61,7 @@ class TokenFormat:
             grid_width=int(metadata["paella.grid_width"]),
             codebook_size=int(metadata["paella.codebook_size"]),
             vqgan_digest=metadata["paella.vqgan_digest"],
+            clip_embd=int(metadata["paella.clip_embd"]) if "paella.clip_embd" in metadata else None,
         )
 
 
@@ -62,6 +71,19 @@ class TokenBatch:
 
     tokens: np.ndarray
     captions: list[str]
+    ids: list[str]
+
+
+@dataclass(frozen=True)
+class ClipBatch:
+    """CLIP embeddings of one worker's part of a global batch.
+
+    text and image are (B,D) float32; complete (B,) is False for rows that lack one, whose embeddings are zeros.
+    """
+
+    text: np.ndarray
+    image: np.ndarray
+    complete: np.ndarray
     ids: list[str]
 
 
@@ -105,22 +127,42 @@ class TokenDataset:
         self, *, seed: int, global_batch_size: int, rank: int = 0, world_size: int = 1, start_step: int = 0
     ) -> Iterator[TokenBatch]:
         """This worker's slices of global batches start_step, start_step+1, …, over endless epochs."""
+        for table in self._slices(["id", "tokens", "caption"], seed, global_batch_size, rank, world_size, start_step):
+            yield self._to_batch(table)
+
+    def clip_batches(
+        self, *, seed: int, global_batch_size: int, rank: int = 0, world_size: int = 1, start_step: int = 0
+    ) -> Iterator[ClipBatch]:
+        """The CLIP embeddings of the same rows in the same order as `batches`. Raises ValueError where there are none."""
+        width = self.format.clip_embd
+        if width is None:
+            raise ValueError(f"{self.uri} has no CLIP embeddings (columns {' and '.join(CLIP_COLUMNS)})")
+        for table in self._slices(["id", *CLIP_COLUMNS], seed, global_batch_size, rank, world_size, start_step):
+            flat = (table[name].combine_chunks().flatten().to_numpy() for name in CLIP_COLUMNS)
+            text, image = (values.reshape(-1, width).astype(np.float32) for values in flat)
+            complete = np.isfinite(text).all(axis=1) & np.isfinite(image).all(axis=1)
+            text[~complete] = image[~complete] = 0
+            yield ClipBatch(text, image, complete, table["id"].to_pylist())
+
+    def _slices(
+        self, columns: list[str], seed: int, global_batch_size: int, rank: int, world_size: int, start_step: int
+    ) -> Iterator[pa.Table]:
         if global_batch_size % world_size:
             raise ValueError(f"global_batch_size={global_batch_size} must be a multiple of the {world_size} workers")
         epoch, skip = divmod(start_step, self.num_batches(global_batch_size))
         size = global_batch_size // world_size
         while True:
-            for table in self._global_batches(seed, epoch, global_batch_size, skip):
-                yield self._to_batch(table.slice(rank * size, size))
+            for table in self._global_batches(columns, seed, epoch, global_batch_size, skip):
+                yield table.slice(rank * size, size)
             epoch, skip = epoch + 1, 0
 
-    def _global_batches(self, seed: int, epoch: int, size: int, skip: int) -> Iterator[pa.Table]:
+    def _global_batches(self, columns: list[str], seed: int, epoch: int, size: int, skip: int) -> Iterator[pa.Table]:
         rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
         rest: pa.Table | None = None
         for window in self._windows(rng):
             num_rows = sum(rows for _, rows in window)
             order = rng.permutation(num_rows)
-            table = pa.concat_tables([self._read(file) for file, _ in window]).take(order)
+            table = pa.concat_tables([self._read(file, columns) for file, _ in window]).take(order)
             if rest is not None:
                 table = pa.concat_tables([rest, table])
             for start in range(0, len(table) - size + 1, size):
@@ -140,9 +182,9 @@ class TokenDataset:
         if window:
             yield window
 
-    def _read(self, name: str) -> pa.Table:
+    def _read(self, name: str, columns: list[str]) -> pa.Table:
         with self._open(name) as file:
-            return pq.read_table(file, columns=["id", "tokens", "caption"])
+            return pq.read_table(file, columns=columns)
 
     def _to_batch(self, table: pa.Table) -> TokenBatch:
         tokens = table["tokens"].combine_chunks().flatten().to_numpy()

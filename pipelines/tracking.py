@@ -69,6 +69,12 @@ def log_image(run: Run, image: Image.Image, key: str, step: int) -> None:
     run.client().log_image(run.run_id, image, key=key, step=step)
 
 
+def log_directory(run: Run, directory: Path) -> str:
+    """Keep a directory's files as artifacts; returns the URI by which MLflow finds them."""
+    run.client().log_artifacts(run.run_id, str(directory), directory.name)
+    return f"runs:/{run.run_id}/{directory.name}"
+
+
 def metric_history(run: Run, key: str) -> list[tuple[int, float]]:
     """(step, value) pairs of a metric in order of steps; after a restart the newer value of a step counts."""
     history = run.client().get_metric_history(run.run_id, key)

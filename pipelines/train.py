@@ -10,34 +10,29 @@ The output holds `model` (a bundle), `samples/`, checkpoints and the id of the r
 from __future__ import annotations
 
 import dataclasses
-import tempfile
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
-import ray.train
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from PIL import Image
+from torch import Tensor
 
-from paella import checkpoint
 from paella.bundle import load_vqgan, save_bundle
+from paella.conditioning import unconditional
 from paella.config import PRESETS, ModelConfig
 from paella.ema import Ema
 from paella.images import contact_sheet, to_uint8
-from paella.parallel import compute_dtype, count_parameters, full_state_dict, mean_over_workers, shard
-from paella.sampler import SamplingConfig, sample
+from paella.parallel import compute_dtype, count_parameters, full_state_dict, gathered, shard
+from paella.sampler import SamplingConfig, sample, start
 from paella.short_run import initialise_byt5, initialise_unet
 from paella.storage import new_file
-from paella.training import NUM_BUCKETS, OptimConfig, TextToTokens, draw_noise, loss_and_metrics, metrics_of
+from paella.training import OptimConfig, TextToTokens, draw_noise, loss_and_metrics, metrics_of
 from paella.vqgan import VQModel
-from pipelines import cli, tracking
+from pipelines import cli, loop, tracking
 from pipelines.progress import Progress
-from pipelines.token_dataset import TokenDataset, require_vqgan
-from pipelines.workers import fit, resume_directory, setup_worker
+from pipelines.token_dataset import TokenBatch, TokenDataset, require_vqgan
+from pipelines.workers import fit, setup_worker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,17 +81,11 @@ class TrainConfig:
     """Name under which MLflow registers the model."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch_size", "num_workers", "checkpoint_every", "sample_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed: an integer of at least 1")
-        if self.global_batch_size % self.num_workers:
-            raise ValueError(f"global_batch_size={self.global_batch_size} must be a multiple of num_workers={self.num_workers}")
+        loop.require_run(self, "sample_every")
         if not 1 <= self.t_scale <= 10:
             raise ValueError(f"t_scale={self.t_scale} is not allowed: 1 to 10")
         if self.init not in ("published", "short-run"):
             raise ValueError(f"init={self.init!r} is not allowed: published or short-run")
-        if self.precision not in ("auto", "bf16", "float32"):
-            raise ValueError(f"precision={self.precision!r} is not allowed: auto, bf16 or float32")
 
 
 def presets() -> dict[str, TrainConfig]:
@@ -108,7 +97,7 @@ def presets() -> dict[str, TrainConfig]:
         **places,
         model=PRESETS["tiny"],
         optim=OptimConfig(lr=1.5e-3, matrix_lr=1e-2, warmup_steps=50, final_lr_fraction=0.02, betas=(0.9, 0.99)),
-        steps=1900,
+        steps=1400,
         global_batch_size=64,
         num_workers=2,
         ema_decay=0.995,
@@ -117,7 +106,7 @@ def presets() -> dict[str, TrainConfig]:
         t_scale=1.55,
         init="short-run",
         checkpoint_every=200,
-        sample_every=350,
+        sample_every=280,
         sampling=SamplingConfig(temperature=(1.0, 0.3), cfg=(1.5, 1.5)),
     )
     small = TrainConfig(**places, model=PRESETS["small"], steps=100_000, global_batch_size=256, ema_decay=0.999)
@@ -199,9 +188,8 @@ def train_worker(arguments: dict) -> None:
     shard(model, compute_dtype(config.precision, device))
     optimizers = config.optim.optimizers(model)
     ema = Ema(model, config.ema_decay)
-    with resume_directory() as directory:
-        start = checkpoint.load(directory, model, optimizers, ema) if directory else 0
-    samples = Samples(config, vqgan, rank, world_size, device)
+    start = loop.resume(model, optimizers, ema)
+    samples = Samples(config, vqgan, arguments["mlflow_run"], rank, world_size, device)
     if rank == 0:
         print(f"{num_parameters / 1e6:.1f} M parameters on {world_size} workers, from step {start}", flush=True)
 
@@ -213,16 +201,23 @@ def train_worker(arguments: dict) -> None:
         start_step=start,
     )
     progress = Progress("train", config.steps, start, enabled=rank == 0)
-    report = Report(config, arguments["mlflow_run"], rank, world_size)
+    report = loop.Report(
+        arguments["mlflow_run"],
+        metrics_of,
+        shown=("loss", "accuracy"),
+        steps=config.steps,
+        global_batch_size=config.global_batch_size,
+        unit="images",
+    )
     for step, batch in zip(range(start, config.steps), batches, strict=False):
-        metrics = train_step(model, optimizers, config, step, batch, rank, device)
+        sums, norm, lr = train_step(model, optimizers, config, step, batch, device)
         ema.update(model, step)
-        progress.update(step + 1, report.step(step, metrics))
+        progress.update(step + 1, report.step(step, sums, norm, lr))
         done = step + 1
         if done % config.sample_every == 0 or done == config.steps:
-            samples.draw(model, ema, done, report)
+            samples.draw(model, ema, done)
         if done % config.checkpoint_every == 0 and done < config.steps:
-            _checkpoint(model, optimizers, ema, done)
+            loop.save_checkpoint(model, optimizers, ema, done)
     with ema.swapped_into(model):
         state = full_state_dict(model)
     if rank == 0:
@@ -231,13 +226,12 @@ def train_worker(arguments: dict) -> None:
 
 
 def train_step(
-    model: TextToTokens, optimizers: Sequence[torch.optim.Optimizer], config: TrainConfig, step: int, batch, rank: int, device
-) -> dict[str, Tensor | float]:
-    """One optimizer step on this worker's slice of a global batch."""
+    model: TextToTokens, optimizers: loop.Optimizers, config: TrainConfig, step: int, batch: TokenBatch, device: torch.device
+) -> tuple[Tensor, Tensor, float]:
+    """One optimizer step on this worker's slice of a global batch; returns the metrics' sums, the gradient's norm, the rate."""
     lr = config.optim.set_lr(optimizers, step, config.steps)
     tokens = torch.from_numpy(batch.tokens)
-    first = step * config.global_batch_size + rank * len(tokens)
-    numbers = range(first, first + len(tokens))
+    numbers = loop.sample_numbers(step, config.global_batch_size)
     draws = draw_noise(tokens, config.model.unet.num_labels, config.seed, numbers, config.drop_caption, config.t_scale)
     text = model.text.tokenize(batch.captions)
     inputs = (draws.noised, draws.t, text.ids, text.mask, draws.keep)
@@ -245,64 +239,22 @@ def train_step(
     logits = model(*(value.to(device) for value in inputs), clip=clip)
     moved = dataclasses.replace(draws, t=draws.t.to(device), weight=draws.weight.to(device))
     loss, sums = loss_and_metrics(logits, tokens.to(device), moved, config.label_smoothing)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-    return {"sums": sums, "grad_norm": norm, "lr": lr}
-
-
-class Report:
-    """Sums metrics over steps and workers, and logs them to MLflow from rank 0."""
-
-    EVERY = 20
-
-    def __init__(self, config: TrainConfig, mlflow_run: tracking.Run, rank: int, world_size: int) -> None:
-        self.config, self.mlflow_run, self.rank, self.world_size = config, mlflow_run, rank, world_size
-        self._reset()
-
-    def _reset(self) -> None:
-        self.sums, self.num_steps, self.since = torch.zeros(2 + 2 * NUM_BUCKETS), 0, time.monotonic()
-
-    def step(self, step: int, metrics: dict) -> str | None:
-        """Add a step; returns a line about the last steps when one is due. Every rank must call it."""
-        self.sums += metrics["sums"]
-        self.num_steps += 1
-        if (step + 1) % self.EVERY and step + 1 != self.config.steps:
-            return None
-        norm = metrics["grad_norm"]
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        values = metrics_of(mean_over_workers(self.sums), self.num_steps)
-        values |= {
-            "grad_norm": norm.item(),
-            "lr": metrics["lr"],
-            "images_per_s": self.num_steps * self.config.global_batch_size / (time.monotonic() - self.since),
-        }
-        if self.rank == 0:
-            tracking.log_metrics(self.mlflow_run, values, step + 1)
-        self._reset()
-        return f"loss {values['loss']:.3f}  accuracy {values['accuracy']:.3f}  {values['images_per_s']:.0f} images/s"
-
-    def sheet(self, sheet, step: int) -> None:
-        """Keep a sheet of samples in the output and in MLflow (rank 0)."""
-        directory = Path(self.config.output) / "samples"
-        directory.mkdir(exist_ok=True)
-        sheet.save(directory / f"step-{step:07d}.png")
-        tracking.log_image(self.mlflow_run, sheet, "samples", step)
-        print(f"samples after {step} steps: {directory / f'step-{step:07d}.png'}", flush=True)
+    return sums, loop.optimizer_step(model, optimizers, loss, config.optim.grad_clip), lr
 
 
 class Samples:
     """Sheets of samples from the averaged weights: every rank generates its share with the sharded model."""
 
-    def __init__(self, config: TrainConfig, vqgan: VQModel, rank: int, world_size: int, device: torch.device) -> None:
-        self.config, self.vqgan, self.rank, self.world_size, self.device = config, vqgan, rank, world_size, device
+    def __init__(
+        self, config: TrainConfig, vqgan: VQModel, mlflow_run: tracking.Run, rank: int, world_size: int, device: torch.device
+    ) -> None:
+        self.config, self.vqgan, self.mlflow_run = config, vqgan, mlflow_run
+        self.rank, self.world_size, self.device = rank, world_size, device
         prompts = sample_prompts(config)
         self.prompts = prompts[: max(world_size, len(prompts) // world_size * world_size)]
 
     @torch.no_grad()
-    def draw(self, model: TextToTokens, ema: Ema, step: int, report: Report) -> None:
+    def draw(self, model: TextToTokens, ema: Ema, step: int) -> None:
         """Generate, gather on rank 0 and keep the sheet."""
         indices = range(self.rank, len(self.prompts), self.world_size)
         side = self.config.model.image_size
@@ -315,28 +267,27 @@ class Samples:
         dist.all_gather_object(gathered, dict(zip(indices, images, strict=True)))
         if self.rank == 0:
             by_index = {index: image for part in gathered for index, image in part.items()}
-            report.sheet(contact_sheet([by_index[i] for i in sorted(by_index)], self.prompts), step)
+            self._keep(contact_sheet([by_index[i] for i in sorted(by_index)], self.prompts), step)
+
+    def _keep(self, sheet: Image.Image, step: int) -> None:
+        """Into the output and MLflow."""
+        file = Path(self.config.output) / "samples" / f"step-{step:07d}.png"
+        file.parent.mkdir(exist_ok=True)
+        sheet.save(file)
+        tracking.log_image(self.mlflow_run, sheet, "samples", step)
+        print(f"samples after {step} steps: {file}", flush=True)
 
 
 def sample_sharded(model: TextToTokens, prompts: list[str], seeds: list[int], side: int, config: TrainConfig) -> Tensor:
-    """Token grids of prompts by a sharded model: the passes go through its root, which gathers the weights."""
-    text = model.text.tokenize(prompts)
-    device = next(model.parameters()).device
-    keep = torch.ones(len(prompts), dtype=torch.bool)
-    conditions = {"ids": text.ids, "mask": text.mask, "keep": keep}
-    conditions = {name: value.to(device) for name, value in conditions.items()}
-    if (clip := model.text.clip_embeddings(prompts)) is not None:
-        conditions["clip"] = clip
-    without = conditions | {"keep": torch.zeros_like(conditions["keep"])}
-    tokens = sample(model, conditions, without, seeds=seeds, size=config.model.grid(side, side), config=config.sampling)
-    cast(FSDPModule, model).reshard()  # without a backward pass the root keeps its weights gathered
-    return tokens
-
-
-def _checkpoint(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], ema: Ema, step: int) -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        checkpoint.save(directory, model, optimizers, ema, step)
-        ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(directory))
+    """Token grids of prompts by a sharded model, whose weights are gathered for as long as it takes."""
+    size, num_labels = config.model.grid(side, side), config.model.unet.num_labels
+    with gathered(model):
+        canvases = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            conditions = model.text([prompt])
+            prepared = [model.unet.prepare(**conditions)], model.unet.prepare(**unconditional(conditions))
+            canvases.append(start(num_labels, size, *prepared, seed=seed, config=config.sampling))
+        return sample(model.unet, canvases)
 
 
 def save_trained(config: TrainConfig, state: dict[str, Tensor]) -> None:

@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import ray.train
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paella import checkpoint, codebook
+from paella import codebook
 from paella.bundle import save_vqgan
 from paella.config import PRESETS, VQConfig
 from paella.ema import Ema
@@ -31,10 +28,10 @@ from paella.parallel import compute_dtype
 from paella.storage import new_file
 from paella.training import OptimConfig
 from paella.vqgan import VQModel, VQResBlock
-from pipelines import cli, tracking
+from pipelines import cli, loop, tracking
 from pipelines.progress import Progress
 from pipelines.sources import decode_all, find_units
-from pipelines.workers import fit, resume_directory, setup_worker
+from pipelines.workers import fit, setup_worker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +129,7 @@ def train_worker(arguments: dict) -> None:
         leave_out_encoder_context(model)
     optimizers = config.optim.optimizers(model)
     ema = Ema(model, config.ema_decay)
-    with resume_directory() as directory:
-        start = checkpoint.load(directory, model, optimizers, ema) if directory else 0
+    start = loop.resume(model, optimizers, ema)
     print(f"VQGAN on {len(images)} images, from step {start}", flush=True)
     dtype = compute_dtype(config.precision, device)
     used = torch.zeros(config.model.codebook_size, dtype=torch.bool, device=device)
@@ -149,7 +145,8 @@ def train_worker(arguments: dict) -> None:
         batch = _batch(images, config.batch_size, generator).to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             losses, indices, latents = vqgan_losses(model, batch, quantize=step >= config.continuous_steps)
-        _update(model, optimizers, config, step, torch.stack(list(losses.values())).sum())
+        config.optim.set_lr(optimizers, step, config.steps)
+        loop.optimizer_step(model, optimizers, torch.stack(list(losses.values())).sum(), config.optim.grad_clip)
         ema.update(model, step)
         if indices is not None:
             used[indices.unique()] = True
@@ -163,7 +160,7 @@ def train_worker(arguments: dict) -> None:
             progress.update(step + 1, f"loss {losses['l1'].item():.4f}  {share:.0%} of codes in use")
         progress.update(step + 1)
         if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
-            _checkpoint(model, optimizers, ema, step + 1)
+            loop.save_checkpoint(model, optimizers, ema, step + 1)
     with ema.swapped_into(model):
         finish(config, model.cpu().eval(), held_back, mlflow_run)
 
@@ -198,15 +195,6 @@ def vqgan_losses(model: VQModel, images: Tensor, *, quantize: bool) -> tuple[dic
     return losses, indices, latents
 
 
-def _update(model: VQModel, optimizers: Sequence[torch.optim.Optimizer], config: TrainVQConfig, step: int, loss: Tensor) -> None:
-    config.optim.set_lr(optimizers, step, config.steps)
-    model.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
-    for optimizer in optimizers:
-        optimizer.step()
-
-
 @torch.no_grad()
 def _start_codebook(
     model: VQModel, images: np.ndarray, config: TrainVQConfig, generator: torch.Generator, device, dtype: torch.dtype
@@ -228,12 +216,6 @@ def _split(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     held_back = np.zeros(len(images), dtype=bool)
     held_back[:: max(50, len(images) // 512)] = True
     return (images[~held_back] if len(images) > 1 else images), images[held_back]
-
-
-def _checkpoint(model: VQModel, optimizers: Sequence[torch.optim.Optimizer], ema: Ema, step: int) -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        checkpoint.save(directory, model, optimizers, ema, step)
-        ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(directory))
 
 
 @torch.inference_mode()

@@ -1,11 +1,16 @@
 """What several test files share: Ray on this machine, a small set of scenes, bundles with random weights, running a program."""
 
+import contextlib
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -84,6 +89,30 @@ def program():
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
 
     return run
+
+
+def killed_when(command: list, happened: Callable[[], object], timeout_s: float = 200) -> None:
+    """Start a program and kill it, with all its descendants, as soon as `happened()`."""
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    often = os.environ | {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1"}  # Ray takes note of checkpoints this often, not every 2 s
+    process = subprocess.Popen(command, start_new_session=True, env=often, **quiet)
+    deadline = time.monotonic() + timeout_s
+    while not happened() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    for relative in family:  # Ray's own processes are in sessions of their own
+        with contextlib.suppress(psutil.NoSuchProcess):
+            relative.kill()
+    process.wait()
+    psutil.wait_procs(family, timeout=20)
+    assert happened(), "the program was over, or too slow, before there was something to interrupt"
+
+
+def checkpointed(output: Path) -> bool:
+    """Whether a training run has a checkpoint that a rerun continues from: one that Ray has taken note of."""
+    return (output / "checkpoints" / "checkpoint_manager_snapshot.json").exists()
 
 
 def assert_one_sentence(process: subprocess.CompletedProcess[str], *words: str) -> None:

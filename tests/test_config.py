@@ -2,7 +2,7 @@
 
 import pytest
 
-from paella.config import PRESETS, ModelConfig, NewByT5, PaellaConfig, TextConfig, VQConfig
+from paella.config import PRESETS, ModelConfig, NewByT5, PaellaConfig, PriorConfig, TextConfig, VQConfig
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -27,6 +27,8 @@ def test_unknown_field_is_named():
         (lambda: VQConfig(codebook_size=70_000), "codebook_size"),
         (lambda: VQConfig(c_hidden=3), "c_hidden"),
         (lambda: VQConfig(scale_factor=0.0), "scale_factor"),
+        (lambda: PriorConfig(num_blocks=0), "num_blocks"),
+        (lambda: PriorConfig(c_r=2), "c_r"),
         (lambda: TextConfig(max_length=0), "max_length"),
         (lambda: NewByT5(num_heads=5), "num_heads"),
         (lambda: ModelConfig(unet=PaellaConfig(), vqgan=VQConfig(codebook_size=16), text=TextConfig()), "num_labels"),

@@ -51,6 +51,17 @@ def test_unet_two_images(unet, io):
 
 
 @torch.inference_mode()
+def test_unet_reweighting(unet, io):
+    conditions = {name: io[name] for name in ("byt5", "clip", "clip_image")}
+    logits = unet(io["x"], io["r"], **conditions, attn_weights=io["attn_weights"])
+    torch.testing.assert_close(logits, io["logits_reweighted"], **TOLERANCE)
+    same = unet(io["x"], io["r"], **conditions, attn_weights=torch.ones(4))
+    torch.testing.assert_close(same, io["logits_reweight_identity"], **TOLERANCE)
+    prepared = unet.prepare(**conditions, attn_weights=io["attn_weights"])
+    torch.testing.assert_close(unet(io["x"], io["r"], prepared=prepared), io["logits_reweighted"], **TOLERANCE)
+
+
+@torch.inference_mode()
 def test_embeddings(unet, io):
     torch.testing.assert_close(unet.embed_r(io["r"]), io["r_embedding"], **TOLERANCE)
     cond = unet.embed_conditions(io["byt5"], io["clip"], io["clip_image"])
