@@ -4,16 +4,14 @@ import dataclasses
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, SMALL_VQ, assert_one_sentence, small_config
+from conftest import ROOT, SMALL_VQ, assert_one_sentence, checkpointed, killed_when, small_config
 from PIL import Image
 
 from paella.bundle import load_bundle, load_vqgan
@@ -76,19 +74,6 @@ def test_finished_training_does_nothing(trained, tokens, vqgan_bundle, capsys):
     assert before == {file: file.stat().st_mtime_ns for file in trained.rglob("*") if file.is_file()}
 
 
-def killed_when(command: list, happened) -> None:
-    """Start a program and kill it, with all its processes, as soon as `happened()`."""
-    process = subprocess.Popen(
-        command, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 200
-    while not happened() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert happened(), "the program was over, or too slow, before there was something to interrupt"
-
-
 def test_training_killed_and_rerun_continues(tokens, vqgan_bundle, tmp_path):
     output = tmp_path / "run"
     command = [
@@ -97,7 +82,7 @@ def test_training_killed_and_rerun_continues(tokens, vqgan_bundle, tmp_path):
         "--model.unet.blocks", "1", "1", "--model.unet.level-config", "CT", "CTA", "--model.vqgan.codebook-size", "32",
         "--global-batch-size", "16", "--steps", "40", "--checkpoint-every", "4", "--sample-every", "1000",
     ]  # fmt: skip
-    killed_when(command, lambda: list(output.glob("checkpoints/checkpoint_*")))
+    killed_when(command, lambda: checkpointed(output))
     assert not (output / "model").exists(), "the run was over before it was killed"
     finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
