@@ -39,13 +39,13 @@ class DemoConfig:
     """Generated scenes."""
     vqgan_steps: int = 1100
     """Optimizer steps of the VQGAN."""
-    train_steps: int = 1900
+    train_steps: int = 1400
     """Optimizer steps of the U-Net."""
     num_prompts: int = 256
     """Pictures to generate at the end; the first 64 make the contact sheet."""
 
 
-EXPECTED_S = {"images": 10, "vqgan": 150, "tokens": 20, "train": 880, "pictures": 40, "report": 10}
+EXPECTED_S = {"images": 10, "vqgan": 150, "tokens": 20, "train": 780, "pictures": 40, "report": 10}
 """Seconds of each stage on 2 cores, for the estimate of the time left."""
 
 
