@@ -1,5 +1,5 @@
-"""How fast the sampler is: ours against the plain loop of the model card, which takes two float32 passes a step and then a
-softmax and a multinomial draw.
+"""How fast the sampler is: ours against the plain loop of the model card, which takes two float32 passes a step, through
+PyTorch's linear layers, and then a softmax and a multinomial draw.
 
     python benchmarks/sampler.py            # tiny in batches of 32, and paella-1b, one image of 64x64 tokens
     python benchmarks/sampler.py tiny       # only that one
@@ -15,8 +15,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,6 +32,7 @@ CASES = {"tiny": (32, 16, 70, 3), "paella-1b": (1, 64, 70, 1)}
 
 
 @torch.inference_mode()
+@mock.patch("paella.blocks.linear", F.linear)
 def plain(model: Paella, conditions: dict[str, Tensor], batch: int, side: int) -> Tensor:
     """The model card's loop."""
     steps, num_labels = MODEL_CARD.num_inference_steps, model.config.num_labels
@@ -89,7 +92,8 @@ def agreement(model: Paella, fast: Paella, conditions: dict[str, Tensor], side: 
     one = {name: value[:1] for name, value in conditions.items()}
     t = torch.tensor([0.5])
     with torch.inference_mode():
-        reference = model(tokens, t, **one)
+        with mock.patch("paella.blocks.linear", F.linear):
+            reference = model(tokens, t, **one)
         float32 = model(tokens, t, prepared=model.prepare(**one))
         halves = {name: value.to(torch.bfloat16) for name, value in one.items()}
         bf16 = fast(tokens, t, prepared=fast.prepare(**halves)).float()

@@ -24,6 +24,26 @@ def embed_noise_level(t: Tensor, width: int) -> Tensor:
     return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias: (...,C), (D,C), (D,) → (...,D).
+
+    In float32 on a CPU as a 1×1 convolution: oneDNN's product, which on AMD's processors is more than twice as fast as the
+    MKL's behind `F.linear` (430 against 195 GFLOP/s on two cores) and elsewhere as fast.
+    """
+    if x.is_cuda or x.dtype != torch.float32 or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    positions = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+    out = F.conv2d(positions, weight[:, :, None, None], bias).permute(0, 2, 3, 1)
+    return out.reshape(*x.shape[:-1], len(weight))
+
+
+class Linear(nn.Linear):
+    """A linear layer by `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 class LayerNorm2d(nn.Module):
     """LayerNorm over the channels of a feature map, without parameters."""
 
@@ -56,11 +76,11 @@ class ResBlock(nn.Module):
         self.depthwise = nn.Conv2d(width + skip_width, width, kernel_size, padding=kernel_size // 2, groups=width)
         self.norm = LayerNorm2d()
         self.channelwise = nn.Sequential(
-            nn.Linear(width, width * 4),
+            Linear(width, width * 4),
             nn.GELU(),
             GlobalResponseNorm(width * 4),
             nn.Dropout(dropout),
-            nn.Linear(width * 4, width),
+            Linear(width * 4, width),
         )
 
     @property
@@ -98,12 +118,12 @@ class Attention2d(nn.Module):
     def keys_values(self, tokens: Tensor) -> Tensor:
         """Keys and values of tokens, one behind the other: (B,S,C) → (B,S,2C)."""
         width = tokens.shape[-1]
-        return F.linear(tokens, self.attn.in_proj_weight[width:], self.attn.in_proj_bias[width:])
+        return linear(tokens, self.attn.in_proj_weight[width:], self.attn.in_proj_bias[width:])
 
     def forward(self, x: Tensor, cond: Tensor, cond_mask: Tensor | None) -> Tensor:
         """x (B,H·W,C), cond (B,S,2C) keys and values, cond_mask (B,S) True where a token counts → (B,H·W,C)."""
         batch, positions, width = x.shape
-        q = F.linear(x, self.attn.in_proj_weight[:width], self.attn.in_proj_bias[:width])
+        q = linear(x, self.attn.in_proj_weight[:width], self.attn.in_proj_bias[:width])
         keys_values = torch.cat([self.keys_values(x), cond], dim=1) if self.self_attn else cond  # (B,N,2C)
         if cond_mask is not None and self.self_attn:
             cond_mask = F.pad(cond_mask, (positions, 0), value=True)  # (B,N)
@@ -112,7 +132,8 @@ class Attention2d(nn.Module):
         q, k, v = (y.reshape(split).transpose(1, 2) for y in (q, k, v))  # (B,heads,·,C/heads)
         mask = None if cond_mask is None else cond_mask[:, None, None, :]
         out = attend(q, k, v, mask, self.attn.dropout if self.training else 0.0)
-        return self.attn.out_proj(out.transpose(1, 2).reshape(batch, positions, width))
+        out = out.transpose(1, 2).reshape(batch, positions, width)
+        return linear(out, self.attn.out_proj.weight, self.attn.out_proj.bias)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:

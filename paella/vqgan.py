@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paella.blocks import EPS
+from paella.blocks import EPS, Linear
 from paella.config import VQConfig
 
 CPU_PIXELS, GPU_PIXELS = 2**18, 2**21
@@ -23,16 +23,16 @@ class VQResBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.depthwise = nn.Sequential(nn.ReplicationPad2d(1), nn.Conv2d(width, width, 3, groups=width))
-        self.channelwise = nn.Sequential(nn.Linear(width, width * 4), nn.GELU(), nn.Linear(width * 4, width))
+        self.channelwise = nn.Sequential(Linear(width, width * 4), nn.GELU(), Linear(width * 4, width))
         # the gains start at a half, not at the published zero, where the block learns nothing in its first steps
         self.gammas = nn.Parameter(torch.tensor([0.0, 0.0, 0.5, 0.0, 0.0, 0.5]))
 
     def forward(self, x: Tensor) -> Tensor:
         scale1, shift1, gain1, scale2, shift2, gain2 = self.gammas.unbind()
         y = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=EPS) * (1 + scale1) + shift1  # (B,H,W,C)
-        x = x + self.depthwise(y.permute(0, 3, 1, 2)) * gain1
+        x = torch.addcmul(x, self.depthwise(y.permute(0, 3, 1, 2)), gain1)
         y = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=EPS) * (1 + scale2) + shift2
-        return x + self.channelwise(y).permute(0, 3, 1, 2) * gain2
+        return torch.addcmul(x, self.channelwise(y).permute(0, 3, 1, 2), gain2)
 
 
 class Codebook(nn.Module):
