@@ -1,32 +1,26 @@
 """A bundle: one directory (or URI) that holds one model which can generate, or a VQGAN alone.
 
-    config.json          format version, the configs of U-Net, VQGAN and text encoders, digests
-    vqgan.safetensors    unet.safetensors    encoders/byt5    model_card.md
-
-Weights are safetensors: bytes from elsewhere are never executed.
+config.json          format version, the configs of the networks and text encoders, digests
+vqgan.safetensors    unet.safetensors    prior.safetensors    encoders/    model_card.md
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from paella.conditioning import Conditions, TextEncoders, unconditional
 from paella.config import ModelConfig, VQConfig
+from paella.prior import Prior, sample_prior
 from paella.sampler import MODEL_CARD, Canvas, SamplingConfig, sample, start
-from paella.storage import local_directory, new_directory
+from paella.storage import new_directory
 from paella.unet import Paella
 from paella.vqgan import VQModel
-
-FORMAT_VERSION = 1
+from paella.weights import load_weights, read_config, save_weights, write_config
 
 
 @dataclass(frozen=True)
@@ -38,6 +32,7 @@ class Bundle:
     vqgan: VQModel
     text: TextEncoders
     digest: str
+    prior: Prior | None = None
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -45,9 +40,16 @@ class Bundle:
         return self.config.image_size, self.config.image_size
 
     @torch.inference_mode()
-    def conditions(self, prompt: str, *, clip_image: Tensor | None = None) -> dict[str, Tensor]:
-        """The U-Net's conditions of a prompt, and of image embeddings (1,D) or (1,M,D) where given, as a batch of one."""
+    def conditions(self, prompt: str, *, clip_image: Tensor | None = None, seed: int | None = None) -> dict[str, Tensor]:
+        """The U-Net's conditions of a prompt, as a batch of one.
+
+        Args:
+            clip_image: embeddings of one image (1,D) or several (1,M,D).
+            seed: of the image embedding that a model with a prior makes of the prompt, where clip_image is not given.
+        """
         conditions = self.text([prompt])
+        if clip_image is None and self.prior is not None and seed is not None and "clip" in conditions:
+            clip_image = sample_prior(self.prior, conditions["clip"], seeds=[seed]).to(conditions["clip"].dtype)
         if clip_image is not None:
             conditions["clip_image"] = clip_image
         return conditions
@@ -85,7 +87,7 @@ class Bundle:
         """Token grids (B,H,W) of prompts; size is (width, height) in pixels, the training size if not given."""
         canvases = []
         for prompt, seed in zip(prompts, seeds, strict=True):
-            conditions = self.conditions(prompt)
+            conditions = self.conditions(prompt, seed=seed)
             canvases.append(
                 self.canvas(conditions, self.negative(conditions), seed=seed, size=size, config=sampling or MODEL_CARD)
             )
@@ -108,96 +110,64 @@ class Bundle:
         return self.vqgan.decode_indices(tokens).float().clamp(0, 1)
 
 
-def state_digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the names, shapes, dtypes and bytes of a state dict."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        value = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def save_vqgan(path: Path, model: VQModel) -> str:
     """Write a bundle with a VQGAN alone; returns the VQGAN's digest."""
     with new_directory(path, replace=True) as directory:
-        state = _contiguous(model.state_dict())
-        save_file(state, directory / "vqgan.safetensors")
-        digest = state_digest(state)
-        _write_config(directory, {"vqgan": model.config.to_dict(), "digests": {"vqgan": digest}})
+        digest = save_weights(directory, "vqgan", model.state_dict())
+        write_config(directory, {"vqgan": model.config.to_dict(), "digests": {"vqgan": digest}})
     return digest
 
 
 def save_bundle(
-    path: Path, config: ModelConfig, unet: Mapping[str, Tensor], vqgan: VQModel, text: TextEncoders, model_card: str
+    path: Path,
+    config: ModelConfig,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    model_card: str,
+    text: TextEncoders | None = None,
 ) -> str:
-    """Write a bundle that can generate; returns the U-Net's digest."""
+    """Write a bundle that can generate; returns the U-Net's digest.
+
+    Args:
+        weights: state dicts of `unet`, `vqgan` and, where config has one, `prior`.
+        text: the encoders to write beside them, where config names directories of the bundle.
+    """
     with new_directory(path, replace=True) as directory:
-        states = {"unet": _contiguous(unet), "vqgan": _contiguous(vqgan.state_dict())}
-        for name, state in states.items():
-            save_file(state, directory / f"{name}.safetensors")
-        if config.text.new_byt5 is not None:
+        digests = {name: save_weights(directory, name, state) for name, state in weights.items()}
+        if text is not None:
             text.save(directory / "encoders")
         (directory / "model_card.md").write_text(model_card)
-        digests = {name: state_digest(state) for name, state in states.items()}
-        _write_config(directory, {**config.to_dict(), "digests": digests})
+        write_config(directory, {**config.to_dict(), "digests": digests})
     return digests["unet"]
 
 
 def load_vqgan(uri: str) -> tuple[VQModel, str]:
-    """The VQGAN of a bundle in eval mode, and its digest.
+    """The VQGAN of a bundle in eval mode, without gradients, and its digest.
 
     Raises ValueError for a missing or damaged bundle.
     """
-    root, values = _read_config(uri)
-    model = VQModel(VQConfig.from_dict(values["vqgan"]))
-    _load_weights(model, root, "vqgan", values["digests"]["vqgan"])
-    return model.eval(), values["digests"]["vqgan"]
+    root, values = read_config(uri)
+    config, digest = VQConfig.from_dict(values["vqgan"]), values["digests"]["vqgan"]
+    return load_weights(lambda: VQModel(config), root, "vqgan", digest), digest
 
 
-def load_bundle(uri: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Bundle:
-    """Load a bundle that can generate. Raises ValueError for a missing or damaged one."""
-    root, values = _read_config(uri)
+def load_bundle(
+    uri: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, *, verify: bool = True
+) -> Bundle:
+    """Load a bundle that can generate, from a directory, `s3://…` or `models:/name@alias`.
+
+    Weights are memory-mapped and moved tensor by tensor, so that no second copy of a network ever exists. Reading all of them to
+    verify their digests takes a few seconds per gigabyte; verify=False leaves that out. Raises ValueError for a missing or
+    damaged bundle.
+    """
+    root, values = read_config(uri)
     if "unet" not in values:
-        raise ValueError(f"{uri} holds a VQGAN but no U-Net, so it cannot generate")
+        raise ValueError(f"{uri} holds no U-Net, so it cannot generate")
     digests = values.pop("digests")
     config = ModelConfig.from_dict(values)
-    unet, vqgan = Paella(config.unet), VQModel(config.vqgan)
-    _load_weights(unet, root, "unet", digests["unet"])
-    _load_weights(vqgan, root, "vqgan", digests["vqgan"])
-    text = TextEncoders.load(config.text, root)
-    modules: list[nn.Module] = [unet, vqgan, text]
-    for module in modules:
-        module.to(device, dtype).eval().requires_grad_(False)
-    return Bundle(config, unet, vqgan, text, digests["unet"])
-
-
-def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
-
-
-def _write_config(directory: Path, values: dict) -> None:
-    (directory / "config.json").write_text(json.dumps({"format_version": FORMAT_VERSION, **values}, indent=1) + "\n")
-
-
-def _read_config(uri: str) -> tuple[Path, dict]:
-    root = local_directory(uri)
-    try:
-        values = json.loads((root / "config.json").read_text())
-        version = values.pop("format_version")
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{uri} is not a bundle: it has no readable config.json") from error
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{uri} has bundle format {version}; this version reads {FORMAT_VERSION}")
-    return root, values
-
-
-def _load_weights(model: nn.Module, root: Path, name: str, digest: str) -> None:
-    file = root / f"{name}.safetensors"
-    try:
-        state = load_file(file)
-        model.load_state_dict(state)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{file} cannot be loaded: {str(error).splitlines()[0]}") from error
-    if (found := state_digest(state)) != digest:
-        raise ValueError(f"{file} has digest {found}, but config.json says {digest}")
+    unet = load_weights(lambda: Paella(config.unet), root, "unet", digests["unet"], verify=verify).to(device, dtype)
+    vqgan = load_weights(lambda: VQModel(config.vqgan), root, "vqgan", digests["vqgan"], verify=verify).to(device, dtype)
+    prior = None
+    if (prior_config := config.prior) is not None:
+        prior = load_weights(lambda: Prior(prior_config), root, "prior", digests["prior"], verify=verify).to(device, dtype)
+    text = TextEncoders.load(config.text, root).to(device, dtype).eval().requires_grad_(False)
+    return Bundle(config, unet, vqgan, text, digests["unet"], prior)

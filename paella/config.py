@@ -201,16 +201,18 @@ class TextConfig(_Config):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(_Config):
-    """Everything that can generate: U-Net, VQGAN and text encoders."""
+    """Everything that can generate: U-Net, VQGAN, text encoders and, in some models, a prior."""
 
     unet: PaellaConfig
     vqgan: VQConfig
     text: TextConfig
     image_size: int = 256
     """Side of the images in training, in pixels."""
+    prior: PriorConfig | None = None
+    """The prior, if the model has one: it makes the image embedding of a prompt."""
 
     def __post_init__(self) -> None:
-        for name, kind in (("unet", PaellaConfig), ("vqgan", VQConfig), ("text", TextConfig)):
+        for name, kind in (("unet", PaellaConfig), ("vqgan", VQConfig), ("text", TextConfig), ("prior", PriorConfig)):
             if isinstance(value := getattr(self, name), dict):
                 object.__setattr__(self, name, kind.from_dict(value))
         require(
@@ -218,6 +220,12 @@ class ModelConfig(_Config):
             "unet.num_labels",
             self.unet.num_labels,
             f"the VQGAN's codebook_size, {self.vqgan.codebook_size}",
+        )
+        require(
+            self.prior is None or self.prior.clip_r == self.unet.clip_embd,
+            "prior.clip_r",
+            self.prior and self.prior.clip_r,
+            f"the U-Net's clip_embd, {self.unet.clip_embd}",
         )
         multiple = self.size_multiple
         require(

@@ -36,7 +36,7 @@ def text_to_image(
     config: SamplingConfig = MODEL_CARD,
 ) -> Canvas:
     """A picture of a prompt; an empty prompt gives what the training images have in common."""
-    conditions = bundle.conditions(prompt)
+    conditions = bundle.conditions(prompt, seed=seed)
     return bundle.canvas(conditions, bundle.negative(conditions, negative_prompt), size=size, seed=seed, config=config)
 
 
@@ -82,7 +82,7 @@ def regions(
     shares = torch.stack([F.adaptive_avg_pool2d(mask.float()[None], grid)[0] for mask in masks])  # (R,h,w)
     if not bool((shares.sum(0) > 0).all()):
         raise ValueError("the regions leave a part of the picture without a prompt")
-    conditions = [bundle.conditions(prompt) for prompt in prompts]
+    conditions = [bundle.conditions(prompt, seed=seed) for prompt in prompts]
     prepared = [bundle.unet.prepare(**values) for values in conditions]
     negative = bundle.unet.prepare(**bundle.negative(conditions[0], None))
     labels = bundle.config.unet.num_labels
@@ -107,7 +107,7 @@ def inpaint(
         raise ValueError(f"the mask has {tuple(mask.shape)} pixels, but the image has {tuple(image.shape[-2:])}")
     if not bool(mask.any()):
         raise ValueError("the mask is empty: nothing would change")
-    conditions = bundle.conditions(prompt)
+    conditions = bundle.conditions(prompt, seed=seed)
     negative = bundle.negative(conditions, negative_prompt)
     made_anew = token_mask(bundle, mask)
     return bundle.canvas(conditions, negative, seed=seed, config=config, tokens=bundle.encode(image), mask=made_anew)
@@ -133,7 +133,7 @@ def outpaint(
     bundle.config.grid(width * factor, height * factor)  # raises ValueError for a size that the model cannot make
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[top : height - bottom, left : width - right] = False
-    conditions = bundle.conditions(prompt)
+    conditions = bundle.conditions(prompt, seed=seed)
     negative = bundle.negative(conditions, negative_prompt)
     return bundle.canvas(conditions, negative, seed=seed, config=config, tokens=tokens, mask=mask)
 
@@ -151,7 +151,7 @@ def restyle(
     """A structural edit: start from the image's tokens of which a share `strength` is noise, and keep its layout."""
     if not 0 < strength <= 1:
         raise ValueError(f"strength={strength} is not allowed: above 0, at most 1")
-    conditions = bundle.conditions(prompt)
+    conditions = bundle.conditions(prompt, seed=seed)
     negative = bundle.negative(conditions, negative_prompt)
     config = dataclasses.replace(config, noise=(strength, 0.0))
     return bundle.canvas(conditions, negative, seed=seed, config=config, tokens=bundle.encode(image))

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from paella.blocks import embed_noise_level
 from paella.config import PriorConfig
 from paella.sampler import MAX_SEED
 from paella.storage import new_directory
+from paella.weights import load_weights, read_config, save_weights, write_config
 
 METHODS = ("ddpm", "ddim")
 SCHEDULE_OFFSET = 0.008
@@ -226,23 +226,19 @@ def prior_loss(model: Prior, clip_image: Tensor, clip_text: Tensor, draws: Prior
 
 def save_prior(path: Path, model: Prior) -> str:
     """Write a directory with a prior alone; returns its digest."""
-    from paella import bundle  # a bundle may hold a prior, so that it is bundle which imports this file
-
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    digest = bundle.state_digest(state)
     with new_directory(path, replace=True) as directory:
-        save_file(state, directory / "prior.safetensors")
-        bundle._write_config(directory, {"prior": model.config.to_dict(), "digests": {"prior": digest}})
+        digest = save_weights(directory, "prior", model.state_dict())
+        write_config(directory, {"prior": model.config.to_dict(), "digests": {"prior": digest}})
     return digest
 
 
 def load_prior(uri: str) -> tuple[Prior, str]:
-    """The prior of a directory or URI in eval mode, and its digest. Raises ValueError for a missing or damaged one."""
-    from paella import bundle
+    """The prior of a directory or URI in eval mode, without gradients, and its digest.
 
-    root, values = bundle._read_config(uri)
-    if "prior" not in values:
+    Raises ValueError for a missing or damaged one.
+    """
+    root, values = read_config(uri)
+    if values.get("prior") is None:
         raise ValueError(f"{uri} holds no prior")
-    model = Prior(PriorConfig.from_dict(values["prior"]))
-    bundle._load_weights(model, root, "prior", values["digests"]["prior"])
-    return model.eval(), values["digests"]["prior"]
+    config, digest = PriorConfig.from_dict(values["prior"]), values["digests"]["prior"]
+    return load_weights(lambda: Prior(config), root, "prior", digest), digest

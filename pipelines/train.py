@@ -301,7 +301,9 @@ def save_trained(config: TrainConfig, state: dict[str, Tensor]) -> None:
         data=config.data.rstrip("/").rsplit("/", 1)[-1],
         images=config.steps * config.global_batch_size,
     )
-    save_bundle(Path(config.output) / "model", config.model, trained.unet.state_dict(), vqgan, trained.text, card)
+    weights = {"unet": trained.unet.state_dict(), "vqgan": vqgan.state_dict()}
+    made = trained.text if config.model.text.new_byt5 is not None else None
+    save_bundle(Path(config.output) / "model", config.model, weights, card, made)
 
 
 MODEL_CARD = """# A Paella text-to-image model

@@ -76,7 +76,8 @@ def model_bundle(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     path, config = tmp_path_factory.mktemp("model") / "bundle", small_config()
     text = TextEncoders.create(config.text)
-    save_bundle(path, config, Paella(config.unet).state_dict(), VQModel(config.vqgan), text, "card")
+    weights = {"unet": Paella(config.unet).state_dict(), "vqgan": VQModel(config.vqgan).state_dict()}
+    save_bundle(path, config, weights, "card", text)
     return path
 
 

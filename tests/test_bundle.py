@@ -8,10 +8,11 @@ from conftest import small_config
 from safetensors.torch import load_file, save_file
 
 import paella
-from paella.bundle import load_bundle, load_vqgan, save_bundle, state_digest
+from paella.bundle import load_bundle, load_vqgan, save_bundle
 from paella.conditioning import TextEncoders, load_clip
 from paella.config import TextConfig
 from paella.storage import local_directory, new_directory, new_file
+from paella.weights import state_digest
 
 
 def copied(bundle, tmp_path):
@@ -48,7 +49,7 @@ def test_importing_paella_does_not_import_ray():
 def test_vqgan_alone(vqgan_bundle):
     _, digest = load_vqgan(str(vqgan_bundle))
     assert digest == state_digest(load_file(vqgan_bundle / "vqgan.safetensors"))
-    with pytest.raises(ValueError, match="no U-Net"):
+    with pytest.raises(ValueError, match="holds no U-Net"):
         load_bundle(str(vqgan_bundle))
 
 
@@ -163,7 +164,8 @@ def test_clip_through_open_clip(model_bundle, tmp_path):
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, clip="encoders/clip"))
     unet = Paella(config.unet)
     torch.nn.init.normal_(unet.clf[1].weight)
-    save_bundle(bundle, config, unet.state_dict(), VQModel(config.vqgan), TextEncoders.create(config.text), "card")
+    weights = {"unet": unet.state_dict(), "vqgan": VQModel(config.vqgan).state_dict()}
+    save_bundle(bundle, config, weights, "card", TextEncoders.create(config.text))
     clip = open_clip.model.CLIP(**cfg)
     directory = bundle / "encoders" / "clip"
     directory.mkdir()
