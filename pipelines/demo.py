@@ -14,6 +14,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from paella import command_line
 from pipelines import (
     cli,
     generate,
@@ -120,4 +121,4 @@ if __name__ == "__main__":
     from pipelines.demo import DemoConfig as _Config
     from pipelines.demo import run as _run
 
-    cli.main(_run, _Config, __doc__)
+    command_line.main(_run, _Config, __doc__)

@@ -25,6 +25,7 @@ from PIL import Image
 from ray.data import ActorPoolStrategy, DataContext
 from tqdm import tqdm
 
+from paella import command_line
 from paella.bundle import load_bundle
 from paella.images import contact_sheet, save_png, to_uint8
 from paella.sampler import MAX_SEED, SamplingConfig
@@ -226,4 +227,4 @@ if __name__ == "__main__":
     from pipelines.generate import GenerateConfig as _Config
     from pipelines.generate import run as _run
 
-    cli.main(_run, _Config, __doc__)
+    command_line.main(_run, _Config, __doc__)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paella import edits
+from paella import command_line, edits
 from paella.bundle import Bundle, load_bundle
 from paella.images import contact_sheet, to_uint8
 from paella.sampler import Canvas, SamplingConfig, sample
@@ -165,4 +165,4 @@ MODES = (
 
 
 if __name__ == "__main__":
-    cli.main(run, ModesConfig, __doc__)
+    command_line.main(run, ModesConfig, __doc__)

@@ -28,6 +28,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.util.debug import log_once
 from tqdm import tqdm
 
+from paella import command_line
 from paella.bundle import load_vqgan
 from paella.config import VQConfig
 from paella.images import center_crop, decode_image, to_tensor
@@ -293,4 +294,4 @@ if __name__ == "__main__":
     from pipelines.tokenize_images import TokenizeConfig as _Config
     from pipelines.tokenize_images import run as _run
 
-    cli.main(_run, _Config, __doc__)
+    command_line.main(_run, _Config, __doc__)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
+from paella import command_line
 from paella.bundle import load_vqgan, save_bundle
 from paella.conditioning import unconditional
 from paella.config import PRESETS, ModelConfig
@@ -319,4 +320,4 @@ if __name__ == "__main__":
     from pipelines.train import presets as _presets
     from pipelines.train import run as _run
 
-    cli.main(_run, _presets(), __doc__)
+    command_line.main(_run, _presets(), __doc__)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from paella import command_line
 from paella.config import PRESETS, PriorConfig
 from paella.ema import Ema
 from paella.parallel import compute_dtype, count_parameters, full_state_dict, shard
@@ -206,4 +207,4 @@ if __name__ == "__main__":
     from pipelines.train_prior import presets as _presets
     from pipelines.train_prior import run as _run
 
-    cli.main(_run, _presets(), __doc__)
+    command_line.main(_run, _presets(), __doc__)

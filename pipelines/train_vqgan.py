@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paella import codebook
+from paella import codebook, command_line
 from paella.bundle import save_vqgan
 from paella.config import PRESETS, VQConfig
 from paella.ema import Ema
@@ -265,4 +265,4 @@ if __name__ == "__main__":
     from pipelines.train_vqgan import presets as _presets
     from pipelines.train_vqgan import run as _run
 
-    cli.main(_run, _presets(), __doc__)
+    command_line.main(_run, _presets(), __doc__)

@@ -5,15 +5,14 @@ python -m serve.run --model runs/demo/train/model
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import ray
-import tyro
 from ray import serve as ray_serve
 
+from paella import command_line
 from paella.bundle import load_bundle
 from serve.app import Arguments, build
 
@@ -53,8 +52,4 @@ def run(config: ServeConfig) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        run(tyro.cli(ServeConfig, description=__doc__))
-    except ValueError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        raise SystemExit(2) from None
+    command_line.main(run, ServeConfig, __doc__ or "")

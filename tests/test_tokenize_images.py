@@ -22,6 +22,7 @@ import ray
 import torch
 from PIL import Image
 
+from paella import command_line
 from paella.bundle import load_vqgan, save_vqgan
 from paella.config import VQConfig
 from paella.images import MAX_PIXELS, center_crop, decode_image, to_tensor
@@ -286,7 +287,7 @@ def test_mistakes_exit_with_2_and_one_line(tmp_path, images, vqgan, mistake, mon
         bundle = images
     monkeypatch.setattr(sys, "argv", ["tokenize_images", *arguments(source, bundle, tmp_path / "out")])
     with pytest.raises(SystemExit) as stop:
-        cli.main(run, TokenizeConfig, "")
+        command_line.main(run, TokenizeConfig, "")
     (line,) = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and line.startswith("error: ")
     assert not (tmp_path / "out").exists()
