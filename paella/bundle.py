@@ -6,6 +6,7 @@ vqgan.safetensors    unet.safetensors    prior.safetensors    encoders/    model
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from paella.conditioning import Conditions, TextEncoders, unconditional
 from paella.config import ModelConfig, VQConfig
 from paella.prior import Prior, sample_prior
+from paella.prompt_cache import PromptCache
 from paella.sampler import MODEL_CARD, Canvas, SamplingConfig, sample, start
 from paella.storage import new_directory
 from paella.unet import Paella
@@ -34,6 +36,11 @@ class Bundle:
     digest: str
     prior: Prior | None = None
 
+    @functools.cached_property
+    def prompts(self) -> PromptCache:
+        """Conditions of the prompts seen last."""
+        return PromptCache(self.text)
+
     @property
     def default_size(self) -> tuple[int, int]:
         """(width, height) of the training images, in pixels."""
@@ -47,7 +54,9 @@ class Bundle:
             clip_image: embeddings of one image (1,D) or several (1,M,D).
             seed: of the image embedding that a model with a prior makes of the prompt, where clip_image is not given.
         """
-        conditions = self.text([prompt])
+        weight = next(self.unet.parameters())  # the text encoders may be elsewhere, and in another dtype
+        conditions = {name: value.to(weight.device) for name, value in self.prompts([prompt])[0].items()}
+        conditions = {name: value if value.dtype == torch.bool else value.to(weight.dtype) for name, value in conditions.items()}
         if clip_image is None and self.prior is not None and seed is not None and "clip" in conditions:
             clip_image = sample_prior(self.prior, conditions["clip"], seeds=[seed]).to(conditions["clip"].dtype)
         if clip_image is not None:
@@ -85,6 +94,7 @@ class Bundle:
         on_step: Callable[[Sequence[Canvas]], None] | None = None,
     ) -> Tensor:
         """Token grids (B,H,W) of prompts; size is (width, height) in pixels, the training size if not given."""
+        self.prompts(prompts)  # those that are new are encoded together
         canvases = []
         for prompt, seed in zip(prompts, seeds, strict=True):
             conditions = self.conditions(prompt, seed=seed)
@@ -151,13 +161,19 @@ def load_vqgan(uri: str) -> tuple[VQModel, str]:
 
 
 def load_bundle(
-    uri: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, *, verify: bool = True
+    uri: str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    text_device: str | torch.device | None = None,
+    text_dtype: torch.dtype | None = None,
+    verify: bool = True,
 ) -> Bundle:
     """Load a bundle that can generate, from a directory, `s3://…` or `models:/name@alias`.
 
     Weights are memory-mapped and moved tensor by tensor, so that no second copy of a network ever exists. Reading all of them to
-    verify their digests takes a few seconds per gigabyte; verify=False leaves that out. Raises ValueError for a missing or
-    damaged bundle.
+    verify their digests takes a few seconds per gigabyte; verify=False leaves that out. The text encoders, which may be larger
+    than the U-Net (ByT5-XL), can be on another device and in another dtype. Raises ValueError for a missing or damaged bundle.
     """
     root, values = read_config(uri)
     if "unet" not in values:
@@ -169,5 +185,5 @@ def load_bundle(
     prior = None
     if (prior_config := config.prior) is not None:
         prior = load_weights(lambda: Prior(prior_config), root, "prior", digests["prior"], verify=verify).to(device, dtype)
-    text = TextEncoders.load(config.text, root).to(device, dtype).eval().requires_grad_(False)
+    text = TextEncoders.load(config.text, root).to(text_device or device, text_dtype or dtype).eval().requires_grad_(False)
     return Bundle(config, unet, vqgan, text, digests["unet"], prior)

@@ -74,14 +74,14 @@ class TextEncoders(nn.Module):
 
         Raises ValueError naming the encoder that cannot be loaded.
         """
-        from transformers import AutoTokenizer, T5EncoderModel
+        from transformers import AutoModelForTextEncoding, AutoTokenizer
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         name = _resolve(config.byt5, root)
         try:
             byt5, tokenizer = (
-                T5EncoderModel.from_pretrained(name, use_safetensors=True),
+                AutoModelForTextEncoding.from_pretrained(name, use_safetensors=True),
                 AutoTokenizer.from_pretrained(name),
             )
         except (OSError, ValueError) as error:

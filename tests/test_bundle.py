@@ -134,6 +134,21 @@ def test_byte_tokens_masks_and_truncation():
     assert (states[0, 3:] == 0).all()
 
 
+@pytest.mark.parametrize("family", ["T5", "MT5"])
+def test_any_encoder_of_the_t5_family(tmp_path, family):
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")(vocab_size=384, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
+    saved = getattr(transformers, f"{family}EncoderModel")(config).eval()
+    saved.save_pretrained(tmp_path / "encoder")
+    transformers.ByT5Tokenizer().save_pretrained(tmp_path / "encoder")
+    text = TextEncoders.load(TextConfig(byt5="encoder"), tmp_path)
+    assert type(text.byt5) is type(saved)
+    batch = text.tokenize(["a red circle"])
+    expected = saved(input_ids=batch.ids, attention_mask=batch.mask.long()).last_hidden_state
+    assert torch.equal(text.states(batch.ids, batch.mask), expected)
+
+
 def test_encoders_that_cannot_be_loaded(tmp_path):
     (tmp_path / "broken").mkdir()
     with pytest.raises(ValueError, match="the text encoder 'broken' cannot be loaded"):
