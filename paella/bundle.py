@@ -6,7 +6,9 @@ vqgan.safetensors    unet.safetensors    prior.safetensors    encoders/    model
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from paella.conditioning import Conditions, TextEncoders, unconditional
 from paella.config import ModelConfig, VQConfig
-from paella.prior import Prior, sample_prior
+from paella.prior import Prior, load_prior, sample_prior
 from paella.prompt_cache import PromptCache
 from paella.sampler import MODEL_CARD, Canvas, SamplingConfig, sample, start
 from paella.storage import new_directory
@@ -187,3 +189,17 @@ def load_bundle(
         prior = load_weights(lambda: Prior(prior_config), root, "prior", digests["prior"], verify=verify).to(device, dtype)
     text = TextEncoders.load(config.text, root).to(text_device or device, text_dtype or dtype).eval().requires_grad_(False)
     return Bundle(config, unet, vqgan, text, digests["unet"], prior)
+
+
+def add_prior(uri: str, prior_uri: str, path: Path) -> None:
+    """Write a copy of a bundle with a trained prior in it. Raises ValueError where they do not fit."""
+    prior, digest = load_prior(prior_uri)
+    root, values = read_config(uri)
+    digests = values.pop("digests")
+    if "unet" not in values:
+        raise ValueError(f"{uri} holds no U-Net, so a prior is of no use to it")
+    config = dataclasses.replace(ModelConfig.from_dict(values), prior=prior.config)
+    with new_directory(path, replace=True) as directory:
+        shutil.copytree(root, directory, dirs_exist_ok=True)
+        save_weights(directory, "prior", prior.state_dict())
+        write_config(directory, {**config.to_dict(), "digests": digests | {"prior": digest}})

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from paella.config import PaellaConfig, require
 from paella.drawing import draw, keep_likely
-from paella.objective import add_noise
 from paella.unet import Prepared
 from paella.vqgan import Codebook
 
@@ -295,7 +294,7 @@ def noise_source(canvas: Canvas, num_labels: int, rng: np.random.Generator) -> T
 def renoise(tokens: Tensor, t: float, rng: np.random.Generator, source: Tensor) -> Tensor:
     """Replace a share t of (H,W) tokens by those of source."""
     uniform = torch.from_numpy(rng.random(tuple(tokens.shape), dtype=np.float32)).to(tokens.device)
-    return add_noise(tokens[None], tokens.new_tensor([t]), mask=(uniform <= t)[None].long(), random_tokens=source[None])[0][0]
+    return torch.where(uniform <= t, source, tokens)
 
 
 def random_tokens(seed: int, size: tuple[int, int], num_labels: int) -> Tensor:

@@ -5,7 +5,7 @@
 
 The dataset needs the columns clip_text and clip_image; tokens and captions are not read. The same command again continues from
 the newest complete checkpoint; a finished run says so and does nothing. The output holds `model` (config.json and
-prior.safetensors), checkpoints and the id of the run in MLflow.
+prior.safetensors), checkpoints, the id of the run in MLflow and, with --bundle, a copy of that bundle which has the prior.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paella import command_line
+from paella.bundle import add_prior
 from paella.config import PRESETS, PriorConfig
 from paella.ema import Ema
 from paella.parallel import compute_dtype, count_parameters, full_state_dict, shard
 from paella.prior import Prior, draw_prior_noise, prior_loss, sample_prior, save_prior
 from paella.storage import new_file
 from paella.training import NUM_BUCKETS, OptimConfig, means_by_level, sums_by_level
+from paella.weights import read_config
 from pipelines import cli, loop, tracking
 from pipelines.progress import Progress
 from pipelines.token_dataset import ClipBatch, TokenDataset
@@ -40,6 +42,8 @@ class TrainPriorConfig:
     """Token dataset (directory or URI) with CLIP embeddings."""
     output: str
     """Directory of the run; the same command with the same output continues it."""
+    bundle: str | None = None
+    """Bundle (directory, URI or models:/name@alias) to give the prior to: `bundle` in the output is then a copy with it."""
     model: PriorConfig
     """The prior; its clip_r is the width of the dataset's embeddings."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4))
@@ -86,7 +90,12 @@ def presets() -> dict[str, TrainPriorConfig]:
 
 def run(config: TrainPriorConfig) -> Path:
     """Train; returns the prior's directory. Raises ValueError for the user's mistakes, before any worker starts."""
-    config = dataclasses.replace(config, data=cli.absolute(config.data), output=cli.absolute(config.output))
+    config = dataclasses.replace(
+        config,
+        data=cli.absolute(config.data),
+        output=cli.absolute(config.output),
+        bundle=None if config.bundle is None else cli.absolute(config.bundle),
+    )
     _check_data(config)
     output = cli.require_writable(config.output)
     values = cli.config_values(config)
@@ -99,12 +108,21 @@ def run(config: TrainPriorConfig) -> Path:
     if not (model / "config.json").exists():
         cli.start_ray()
         fit(train_worker, {"config": config, "mlflow_run": mlflow_run}, output, config.num_workers)
+    join_bundle(config, model)
     uri = tracking.log_directory(mlflow_run, model)
     tracking.finish_run(mlflow_run)
     with new_file(finished) as file:
         file.write_text(f"{uri}\n")
     print(f"trained: {model} (MLflow: {uri})")
     return model
+
+
+def join_bundle(config: TrainPriorConfig, model: Path) -> None:
+    """Write the bundle with the prior, if one is asked for and there is none yet."""
+    joined = Path(config.output) / "bundle"
+    if config.bundle is not None and not joined.exists():
+        add_prior(config.bundle, str(model), joined)
+        print(f"bundle with the prior: {joined}")
 
 
 def _check_data(config: TrainPriorConfig) -> None:
@@ -116,6 +134,12 @@ def _check_data(config: TrainPriorConfig) -> None:
     if (width := batch.text.shape[1]) != config.model.clip_r:
         raise ValueError(f"{config.data} has CLIP embeddings of width {width}, the model's clip_r is {config.model.clip_r}")
     dataset.num_batches(config.global_batch_size)
+    if config.bundle is not None:
+        _, values = read_config(config.bundle)
+        if (width := values.get("unet", {}).get("clip_embd")) != config.model.clip_r:
+            raise ValueError(
+                f"{config.bundle} takes CLIP embeddings of width {width}, the model's clip_r is {config.model.clip_r}"
+            )
 
 
 def train_worker(arguments: dict) -> None:
@@ -124,7 +148,6 @@ def train_worker(arguments: dict) -> None:
     rank, world_size, device = setup_worker(arguments, config.seed)
     model = Prior(config.model).to(device).train()
     num_parameters = count_parameters(model)
-    # bf16 has 8 bits, too few for a noise level: the model casts what it multiplies
     shard(model, compute_dtype(config.precision, device))
     optimizers = config.optim.optimizers(model)
     ema = Ema(model, config.ema_decay)

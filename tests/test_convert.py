@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from paella.bundle import load_bundle
 from paella.config import PRESETS, PriorConfig
+from paella.convert import main
 from paella.prior import Prior
 from paella.unet import Paella
 from paella.vqgan import VQModel
@@ -29,17 +31,28 @@ def byt5(tmp_path_factory) -> Path:
     return path
 
 
-def run(out: Path, byt5: Path | str, **files: Path | str) -> subprocess.CompletedProcess:
-    flags = {"unet": FIXTURES / "unet.pt", "vqgan": FIXTURES / "vqgan.pt", "config": FIXTURES / "configs.json", "byt5": byt5}
-    flags |= {"clip": "", "out": out, "image_size": 64} | files
-    command = [sys.executable, "-m", "paella.convert"]
-    for name, value in flags.items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
-    return subprocess.run(command, capture_output=True, text=True)
+@pytest.fixture
+def run(monkeypatch, capsys, byt5):
+    """The program in this process: its exit code, output and errors."""
+
+    def _run(out: Path, **files: Path | str) -> SimpleNamespace:
+        flags = {"unet": FIXTURES / "unet.pt", "vqgan": FIXTURES / "vqgan.pt", "config": FIXTURES / "configs.json", "byt5": byt5}
+        flags |= {"clip": "", "out": out, "image_size": 64} | files
+        command = ["convert", *(part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", str(value)))]
+        monkeypatch.setattr(sys, "argv", command)
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out_and_err = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=out_and_err.out, stderr=out_and_err.err)
+
+    return _run
 
 
-def test_golden_numbers_through_a_bundle(tmp_path, byt5):
-    done = run(tmp_path / "bundle", byt5, prior=FIXTURES / "prior.pt")
+def test_golden_numbers_through_a_bundle(tmp_path, run):
+    done = run(tmp_path / "bundle", prior=FIXTURES / "prior.pt")
     assert done.returncode == 0, done.stderr
     assert "next: python pipelines/generate.py" in done.stdout
     bundle = load_bundle(str(tmp_path / "bundle"))
@@ -57,9 +70,9 @@ def test_golden_numbers_through_a_bundle(tmp_path, byt5):
     assert "converted" in (tmp_path / "bundle" / "model_card.md").read_text()
 
 
-def test_half_the_size_in_bfloat16(tmp_path, byt5):
-    assert run(tmp_path / "whole", byt5).returncode == 0
-    assert run(tmp_path / "half", byt5, dtype="bfloat16").returncode == 0
+def test_half_the_size_in_bfloat16(tmp_path, run):
+    assert run(tmp_path / "whole").returncode == 0
+    assert run(tmp_path / "half", dtype="bfloat16").returncode == 0
     whole, half = ((tmp_path / name / "unet.safetensors").stat().st_size for name in ("whole", "half"))
     assert half < 0.6 * whole
     assert load_bundle(str(tmp_path / "half"), dtype=torch.bfloat16).unet.clf[1].weight.dtype == torch.bfloat16
@@ -105,19 +118,19 @@ def _damaged(kind: str, file: Path) -> None:
         ("list", "holds no state dict"),
     ],
 )
-def test_what_does_not_fit(tmp_path, byt5, kind, message):
+def test_what_does_not_fit(tmp_path, run, kind, message):
     _damaged(kind, tmp_path / "unet.pt")
-    done = run(tmp_path / "bundle", byt5, unet=tmp_path / "unet.pt")
+    done = run(tmp_path / "bundle", unet=tmp_path / "unet.pt")
     assert done.returncode == 2
     assert re.search(message, done.stderr) and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert not (tmp_path / "bundle").exists() and not Path("/tmp/paella-was-here").exists()
 
 
-def test_missing_file_and_existing_output(tmp_path, byt5):
-    assert "there is no file" in run(tmp_path / "b", byt5, vqgan=tmp_path / "none.pt").stderr
+def test_missing_file_and_existing_output(tmp_path, run):
+    assert "there is no file" in run(tmp_path / "b", vqgan=tmp_path / "none.pt").stderr
     (tmp_path / "b").mkdir()
-    assert "exists already" in run(tmp_path / "b", byt5).stderr
-    assert "does not fit" in run(tmp_path / "c", byt5, unet=FIXTURES / "vqgan.pt").stderr
+    assert "exists already" in run(tmp_path / "b").stderr
+    assert "does not fit" in run(tmp_path / "c", unet=FIXTURES / "vqgan.pt").stderr
 
 
 MEASURED = """
@@ -137,7 +150,7 @@ print("peak", int(re.findall(r"VmHWM:\\s+(\\d+) kB", status)[0]) * 1024)
 
 
 @pytest.mark.slow
-def test_the_full_size(tmp_path, byt5):
+def test_the_full_size(tmp_path):
     """The published layout: 1 G parameters convert within 12 GB, and load without a second copy."""
     from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from test_golden import CONFIGS, FIXTURES, TOLERANCE
 
+from paella.bundle import add_prior, load_bundle
 from paella.config import PriorConfig
 from paella.prior import (
     Prior,
@@ -183,3 +184,24 @@ def test_saved_and_loaded(prior, io, tmp_path):
 def test_a_bundle_without_a_prior_is_refused(vqgan_bundle):
     with pytest.raises(ValueError, match="holds no prior"):
         load_prior(str(vqgan_bundle))
+
+
+def test_a_bundle_with_a_prior_uses_it(tmp_path, model_bundle):
+    torch.manual_seed(0)
+    width = load_bundle(str(model_bundle)).config.unet.clip_embd
+    model = Prior(PriorConfig(clip_r=width, c_hidden=16, c_r=8, num_blocks=1))
+    save_prior(tmp_path / "prior", model)
+    add_prior(str(model_bundle), str(tmp_path / "prior"), tmp_path / "bundle")
+    bundle = load_bundle(str(tmp_path / "bundle"))
+    assert bundle.prior is not None and bundle.digest == load_bundle(str(model_bundle)).digest
+    assert "clip_image" not in bundle.conditions("a", seed=1), "without CLIP there is nothing to start from"
+    clip = torch.randn(1, width)
+    bundle.prompts.kept["a"] = bundle.conditions("a") | {"clip": clip}
+    made = bundle.conditions("a", seed=1)["clip_image"]
+    assert torch.equal(made, sample_prior(bundle.prior, clip, seeds=[1]))
+    given = torch.zeros(1, width)
+    assert bundle.conditions("a", seed=1, clip_image=given)["clip_image"] is given
+    save_prior(tmp_path / "narrow", Prior(PriorConfig(clip_r=8, c_hidden=16, c_r=8, num_blocks=1)))
+    with pytest.raises(ValueError, match=r"prior\.clip_r=8 is not allowed"):
+        add_prior(str(model_bundle), str(tmp_path / "narrow"), tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()

@@ -10,10 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, assert_one_sentence, checkpointed, killed_when
+from conftest import ROOT, assert_one_sentence, checkpointed, killed_when, small_config
 
+from paella.bundle import load_bundle, save_bundle
+from paella.conditioning import TextEncoders
 from paella.config import PriorConfig
 from paella.prior import load_prior
+from paella.unet import Paella
+from paella.vqgan import VQModel
 from pipelines import tracking, train_prior
 from pipelines.token_dataset import TokenDataset, TokenFormat
 
@@ -103,6 +107,18 @@ def test_training_leaves_a_prior_and_one_mlflow_run(undisturbed):
     losses = tracking.metric_history(run, "loss")
     assert losses[-1][1] < 0.6 * losses[0][1]
     assert info.data.metrics["cosine"] > 0.8 > 0.3 > info.data.metrics["cosine_of_another"]
+
+
+def test_the_prior_joins_a_bundle(undisturbed, dataset, tmp_path, model_bundle):
+    small = small_config()
+    narrow = dataclasses.replace(small, unet=dataclasses.replace(small.unet, clip_embd=WIDTH))
+    weights = {"unet": Paella(narrow.unet).state_dict(), "vqgan": VQModel(narrow.vqgan).state_dict()}
+    save_bundle(tmp_path / "narrow", narrow, weights, "card", TextEncoders.create(narrow.text))
+    wanted = dataclasses.replace(config(dataset, tmp_path), bundle=str(tmp_path / "narrow"))
+    train_prior.join_bundle(wanted, undisturbed / "model")
+    assert load_bundle(str(tmp_path / "bundle")).prior is not None
+    with pytest.raises(ValueError, match="takes CLIP embeddings of width 64, the model's clip_r is 8"):
+        train_prior.run(dataclasses.replace(wanted, bundle=str(model_bundle)))
 
 
 def test_finished_training_does_nothing(undisturbed, dataset, capsys):
