@@ -21,7 +21,7 @@ from paella.config import ModelConfig, VQConfig
 from paella.prior import Prior, load_prior, sample_prior
 from paella.prompt_cache import PromptCache
 from paella.sampler import MODEL_CARD, Canvas, SamplingConfig, sample, start
-from paella.storage import new_directory
+from paella.storage import LISTING, new_directory
 from paella.unet import Paella
 from paella.vqgan import VQModel
 from paella.weights import load_weights, read_config, save_weights, write_config
@@ -114,7 +114,10 @@ class Bundle:
     @torch.inference_mode()
     def clip_image_embeddings(self, images: Sequence[Tensor]) -> Tensor:
         """CLIP embeddings (M,D) of images (3,H,W) in [0,1]. Raises ValueError for a model without CLIP."""
-        return self.text.clip_image_embeddings(images)
+        embeddings = self.text.clip_image_embeddings(images)
+        if self.text.free_after_use:
+            self.text.free()
+        return embeddings
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor) -> Tensor:
@@ -136,15 +139,17 @@ def save_bundle(
     weights: Mapping[str, Mapping[str, Tensor]],
     model_card: str,
     text: TextEncoders | None = None,
+    dtype: torch.dtype | None = None,
 ) -> str:
     """Write a bundle that can generate; returns the U-Net's digest.
 
     Args:
         weights: state dicts of `unet`, `vqgan` and, where config has one, `prior`.
         text: the encoders to write beside them, where config names directories of the bundle.
+        dtype: of the floating-point weights in the files; None writes them as they come.
     """
     with new_directory(path, replace=True) as directory:
-        digests = {name: save_weights(directory, name, state) for name, state in weights.items()}
+        digests = {name: save_weights(directory, name, state, dtype) for name, state in weights.items()}
         if text is not None:
             text.save(directory / "encoders")
         (directory / "model_card.md").write_text(model_card)
@@ -158,8 +163,21 @@ def load_vqgan(uri: str) -> tuple[VQModel, str]:
     Raises ValueError for a missing or damaged bundle.
     """
     root, values = read_config(uri)
-    config, digest = VQConfig.from_dict(values["vqgan"]), values["digests"]["vqgan"]
+    try:
+        config, digest = VQConfig.from_dict(values["vqgan"]), values["digests"]["vqgan"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{uri} holds no VQGAN: its config.json lacks {error}") from error
     return load_weights(lambda: VQModel(config), root, "vqgan", digest), digest
+
+
+def _model(uri: str, values: dict) -> tuple[ModelConfig, dict[str, str]]:
+    """The config in the values of a config.json, and the digests of its networks. Raises ValueError where one is missing."""
+    try:
+        digests = values.pop("digests")
+        config = ModelConfig.from_dict(values)
+        return config, {name: digests[name] for name in ("unet", "vqgan", "prior") if name != "prior" or config.prior}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the config.json of {uri} is incomplete: {error}") from error
 
 
 def load_bundle(
@@ -169,25 +187,34 @@ def load_bundle(
     *,
     text_device: str | torch.device | None = None,
     text_dtype: torch.dtype | None = None,
+    text_8bit: bool = False,
+    free_text: bool = False,
     verify: bool = True,
 ) -> Bundle:
     """Load a bundle that can generate, from a directory, `s3://…` or `models:/name@alias`.
 
-    Weights are memory-mapped and moved tensor by tensor, so that no second copy of a network ever exists. Reading all of them to
-    verify their digests takes a few seconds per gigabyte; verify=False leaves that out. The text encoders, which may be larger
-    than the U-Net (ByT5-XL), can be on another device and in another dtype. Raises ValueError for a missing or damaged bundle.
+    Weights are memory-mapped and moved tensor by tensor, so that no second copy of a network ever exists. The text encoders may
+    be larger than the U-Net (ByT5-XL: 10 GB in float32, 5 in bfloat16, 2.6 in 8 bits). Raises ValueError for a missing or damaged
+    bundle.
+
+    Args:
+        text_device, text_dtype: of the text encoders; by default as the networks.
+        text_8bit: round the T5 encoder's weights to int8. The states change a little, and so do images.
+        free_text: drop the text encoders after each use; only prompts that have not been seen load them again.
+        verify: compare the weights with their digests, which reads all of them: half a second per gigabyte, and the disk.
     """
     root, values = read_config(uri)
     if "unet" not in values:
         raise ValueError(f"{uri} holds no U-Net, so it cannot generate")
-    digests = values.pop("digests")
-    config = ModelConfig.from_dict(values)
+    config, digests = _model(uri, values)
     unet = load_weights(lambda: Paella(config.unet), root, "unet", digests["unet"], verify=verify).to(device, dtype)
     vqgan = load_weights(lambda: VQModel(config.vqgan), root, "vqgan", digests["vqgan"], verify=verify).to(device, dtype)
     prior = None
     if (prior_config := config.prior) is not None:
         prior = load_weights(lambda: Prior(prior_config), root, "prior", digests["prior"], verify=verify).to(device, dtype)
-    text = TextEncoders.load(config.text, root).to(text_device or device, text_dtype or dtype).eval().requires_grad_(False)
+    text = TextEncoders.load(config.text, root, device=text_device or device, dtype=text_dtype or dtype, load_in_8bit=text_8bit)
+    text.eval().requires_grad_(False)
+    text.free_after_use = free_text
     return Bundle(config, unet, vqgan, text, digests["unet"], prior)
 
 
@@ -195,11 +222,11 @@ def add_prior(uri: str, prior_uri: str, path: Path) -> None:
     """Write a copy of a bundle with a trained prior in it. Raises ValueError where they do not fit."""
     prior, digest = load_prior(prior_uri)
     root, values = read_config(uri)
-    digests = values.pop("digests")
     if "unet" not in values:
         raise ValueError(f"{uri} holds no U-Net, so a prior is of no use to it")
-    config = dataclasses.replace(ModelConfig.from_dict(values), prior=prior.config)
+    without, digests = _model(uri, values)
+    config = dataclasses.replace(without, prior=prior.config)
     with new_directory(path, replace=True) as directory:
-        shutil.copytree(root, directory, dirs_exist_ok=True)
+        shutil.copytree(root, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LISTING))
         save_weights(directory, "prior", prior.state_dict())
         write_config(directory, {**config.to_dict(), "digests": digests | {"prior": digest}})

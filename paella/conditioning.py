@@ -7,7 +7,8 @@ B prompts, S states, D width of the encoder.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from paella.config import TextConfig
 from paella.images import to_uint8
+from paella.int8 import quantize_linear
 
 if TYPE_CHECKING:
     from transformers import T5EncoderModel  # its import takes seconds, so it waits until an encoder is made or loaded
@@ -45,6 +47,8 @@ class TextEncoders(nn.Module):
         self.tokenizer = tokenizer
         self.clip = clip
         self.clip_tokenizer = clip_tokenizer
+        self.source: Callable[[], TextEncoders] | None = None
+        self.free_after_use = False
 
     @classmethod
     def create(cls, config: TextConfig) -> TextEncoders:
@@ -69,8 +73,20 @@ class TextEncoders(nn.Module):
         return cls(config, byt5, ByT5Tokenizer())
 
     @classmethod
-    def load(cls, config: TextConfig, root: str | Path = ".") -> TextEncoders:
+    def load(
+        cls,
+        config: TextConfig,
+        root: str | Path = ".",
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        load_in_8bit: bool = False,
+    ) -> TextEncoders:
         """Load by hub name, or from the directory `root / name` where there is one.
+
+        Args:
+            dtype: of weights and states; None leaves it to transformers and open_clip.
+            load_in_8bit: round the T5 encoder's linear layers to int8, which is a quarter of float32's memory.
 
         Raises ValueError naming the encoder that cannot be loaded.
         """
@@ -81,13 +97,29 @@ class TextEncoders(nn.Module):
         name = _resolve(config.byt5, root)
         try:
             byt5, tokenizer = (
-                AutoModelForTextEncoding.from_pretrained(name, use_safetensors=True),
+                AutoModelForTextEncoding.from_pretrained(name, use_safetensors=True, **({"dtype": dtype} if dtype else {})),
                 AutoTokenizer.from_pretrained(name),
             )
         except (OSError, ValueError) as error:
             raise ValueError(f"the text encoder {config.byt5!r} cannot be loaded: {_first_line(error)}") from error
+        if load_in_8bit:
+            quantize_linear(byt5)
         clip, clip_tokenizer = load_clip(config.clip, root) if config.clip else (None, None)
-        return cls(config, byt5.eval(), tokenizer, clip, clip_tokenizer)
+        text = cls(config, byt5.eval(), tokenizer, clip, clip_tokenizer).to(device, dtype)
+        text.source = functools.partial(cls.load, config, root, device=device, dtype=dtype, load_in_8bit=load_in_8bit)
+        return text
+
+    def free(self) -> None:
+        """Drop the weights; the next use loads them again. Raises ValueError for encoders that were made, not loaded."""
+        if self.source is None:
+            raise ValueError("these text encoders were not loaded from anywhere, so their weights cannot be dropped")
+        self.to("meta")
+
+    def restore(self) -> None:
+        """Load the weights again if they have been dropped."""
+        if self.device.type == "meta" and self.source is not None:
+            loaded = self.source().requires_grad_(False)
+            self.byt5, self.clip = loaded.byt5, loaded.clip
 
     def save(self, directory: Path) -> None:
         """Write the T5 encoder and tokenizer in transformers' format."""
@@ -102,8 +134,13 @@ class TextEncoders(nn.Module):
         """Bytes (or word pieces) of prompts, padded to the longest."""
         longest = self.config.max_length
         batch = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
-        cut = tuple(len(prompt.encode()) >= longest for prompt in prompts)
-        return Tokenized(batch["input_ids"], batch["attention_mask"].bool(), cut)
+        mask = batch["attention_mask"].bool()
+        full = (mask.sum(1) == longest).tolist()  # those may have been cut, or fit exactly
+        cut = tuple(at_limit and self._length(prompt) > longest for prompt, at_limit in zip(prompts, full, strict=True))
+        return Tokenized(batch["input_ids"], mask, cut)
+
+    def _length(self, prompt: str) -> int:
+        return len(self.tokenizer(prompt, verbose=False)["input_ids"])
 
     def states(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Encoder states (B,S,D); zero where padded."""
@@ -112,6 +149,7 @@ class TextEncoders(nn.Module):
 
     def forward(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """The U-Net's conditions of prompts: byt5 (B,S,D), byt5_mask (B,S) and, with CLIP, clip (B,D)."""
+        self.restore()
         tokenized = self.tokenize(prompts)
         ids, mask = tokenized.ids.to(self.device), tokenized.mask.to(self.device)
         conditions = {"byt5": self.states(ids, mask), "byt5_mask": mask}
@@ -123,6 +161,7 @@ class TextEncoders(nn.Module):
         """CLIP text embeddings (B,D) of prompts; None for a model without CLIP."""
         if self.clip is None:
             return None
+        self.restore()
         return self.clip.encode_text(self.clip_tokenizer(list(prompts)).to(self.device))
 
     def clip_image_embeddings(self, images: Sequence[Tensor]) -> Tensor:
@@ -132,6 +171,7 @@ class TextEncoders(nn.Module):
         from open_clip import get_model_preprocess_cfg
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
+        self.restore()
         preprocess: Any = image_transform_v2(PreprocessCfg(**get_model_preprocess_cfg(self.clip)), is_train=False)
         pixels = [Image.fromarray(array) for image in images for array in to_uint8(image[None])]
         batch = torch.stack([preprocess(image) for image in pixels])

@@ -15,12 +15,12 @@ import argparse
 import json
 import pickle
 import sys
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -29,6 +29,7 @@ from paella.config import PRESETS, ModelConfig, PaellaConfig, PriorConfig, TextC
 from paella.prior import Prior
 from paella.unet import Paella
 from paella.vqgan import VQModel
+from paella.weights import read_config
 
 NAMED = 3
 """So many keys or shapes that do not fit are named; the rest are counted."""
@@ -54,11 +55,9 @@ def convert(files: Mapping[str, str], config: ModelConfig, out: Path, dtype: tor
     for name, make in makers.items():
         states[name] = read_state(files[name])
         require_fit(files[name], states[name], make)
-    if dtype is not None:
-        states = {name: {key: _cast(value, dtype) for key, value in state.items()} for name, state in states.items()}
     sources = "\n".join(f"- {name}: {Path(file).name}" for name, file in files.items())
     card = CARD.format(name=out.name, sources=sources, byt5=config.text.byt5, clip=config.text.clip or "none")
-    save_bundle(out, config, states, card)
+    save_bundle(out, config, states, card, dtype=dtype)
     return {name: sum(value.numel() for value in state.values()) for name, state in states.items()}
 
 
@@ -70,23 +69,28 @@ def read_state(file: str) -> dict[str, Tensor]:
         state: Any = (
             load_file(file)
             if file.endswith(".safetensors")
-            else torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            else torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         )
     except pickle.UnpicklingError as error:
         raise ValueError(f"{file} holds more than tensors, or is damaged; code in it has not been run") from error
-    except (OSError, EOFError, RuntimeError, SafetensorError, ValueError) as error:
+    except Exception as error:  # the unpickler fails on damaged bytes with whatever they lead it to: KeyError, struct.error, …
         raise ValueError(f"{file} cannot be read as weights: {' '.join(str(error).split())[:200]}") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not state or not all(map(_named_tensor, state, state.values())):
         raise ValueError(f"{file} holds no state dict: names with tensors are expected, or these under 'state_dict'")
     return state
+
+
+def _named_tensor(name: object, value: object) -> bool:
+    return isinstance(name, str) and isinstance(value, Tensor) and value.layout is torch.strided
 
 
 def require_fit(file: str, state: Mapping[str, Tensor], make: Callable[[], nn.Module]) -> None:
     """Raises ValueError that says which keys are missing or unknown, which shapes differ, or where numbers are not finite."""
     with torch.device("meta"):
-        expected = {name: tuple(value.shape) for name, value in make().state_dict().items()}
+        model = make().state_dict()
+    expected = {name: tuple(value.shape) for name, value in model.items()}
     found = {name: tuple(value.shape) for name, value in state.items()}
     problems = [
         _listed("missing", [name for name in expected if name not in found]),
@@ -100,6 +104,9 @@ def require_fit(file: str, state: Mapping[str, Tensor], make: Callable[[], nn.Mo
             ],
         ),
     ]
+    if not any(problems):
+        others = [name for name, value in state.items() if value.is_floating_point() != model[name].is_floating_point()]
+        problems = [_listed("of another type", [f"{name} {state[name].dtype}" for name in others])]
     if not any(problems):
         problems = [_listed("with NaN or infinity", [name for name, value in state.items() if not _finite(value)])]
     if any(problems):
@@ -117,10 +124,6 @@ def _listed(what: str, names: list[str]) -> str:
     return f"{what}: {', '.join(names[:NAMED])}{more}"
 
 
-def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
-    return value.to(dtype) if value.is_floating_point() else value
-
-
 def config_of(arguments: argparse.Namespace) -> ModelConfig:
     """The configuration that the command line asks for. Raises ValueError for a file that is none."""
     published = PRESETS["paella-1b"]
@@ -130,8 +133,11 @@ def config_of(arguments: argparse.Namespace) -> ModelConfig:
             values |= json.loads(Path(arguments.config).read_text())
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"the config {arguments.config} cannot be read: {error}") from error
-    unet, vqgan = PaellaConfig.from_dict(values["unet"]), VQConfig.from_dict(values["vqgan"])
-    prior = PriorConfig.from_dict(values["prior"]) if arguments.prior else None
+    try:
+        unet, vqgan = PaellaConfig.from_dict(values["unet"]), VQConfig.from_dict(values["vqgan"])
+        prior = PriorConfig.from_dict(values["prior"]) if arguments.prior else None
+    except TypeError as error:  # "a" where a number is wanted, say
+        raise ValueError(f"the config {arguments.config} is of another form: {error}") from error
     text = TextConfig(byt5=arguments.byt5, clip=arguments.clip or None)
     size = arguments.image_size or published.image_size
     return ModelConfig(unet=unet, vqgan=vqgan, text=text, image_size=size, prior=prior)
@@ -163,11 +169,12 @@ def main() -> None:
             raise ValueError(f"{out} exists already; choose another --out")
         dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
         sizes = convert(files, config_of(arguments), out, dtype)
+        _, values = read_config(str(out))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     for name, number in sizes.items():
-        print(f"{name}: {number:,} numbers from {files[name]}")
+        print(f"{name}: {number:,} numbers from {files[name]}, SHA-256 {values['digests'][name]}")
     total = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"bundle: {out} ({total / 1e9:.2f} GB)")
     print(f"next: python pipelines/generate.py --model {out} --prompts prompts.txt --output pictures")

@@ -38,11 +38,15 @@ class PromptCache:
         found = {prompt: self.kept[prompt] for prompt in dict.fromkeys(prompts) if prompt in self.kept}
         missing = sorted((prompt for prompt in dict.fromkeys(prompts) if prompt not in found), key=len)
         self.hits, self.misses = self.hits + len(prompts) - len(missing), self.misses + len(missing)
+        if missing:
+            self.text.restore()
         weight = next(self.text.parameters())
         size = 1 if weight.device.type == "cpu" and weight.dtype == torch.float32 else BATCH_SIZE
         for start in range(0, len(missing), size):
             part = missing[start : start + size]
             found |= zip(part, self._encode(part), strict=True)
+        if missing and self.text.free_after_use:
+            self.text.free()
         for prompt, conditions in found.items():
             self._keep(prompt, conditions)
         return [found[prompt] for prompt in prompts]

@@ -32,11 +32,22 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save_weights(directory: Path, name: str, state: Mapping[str, Tensor]) -> str:
-    """Write `name`.safetensors; returns its digest."""
-    contiguous = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    save_file(contiguous, directory / f"{name}.safetensors")
+def save_weights(directory: Path, name: str, state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
+    """Write `name`.safetensors, floating-point numbers in `dtype` if one is given; returns its digest.
+
+    Raises OSError where the file cannot be written.
+    """
+    contiguous = {key: _cast(value, dtype).detach().cpu().contiguous() for key, value in state.items()}
+    file = directory / f"{name}.safetensors"
+    try:
+        save_file(contiguous, file)
+    except SafetensorError as error:  # a full disk, say
+        raise OSError(f"{file} cannot be written: {error}") from error
     return state_digest(contiguous)
+
+
+def _cast(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return value.to(dtype) if dtype is not None and value.is_floating_point() else value
 
 
 def load_weights(make: Callable[[], M], root: Path, name: str, digest: str, *, verify: bool = True) -> M:

