@@ -15,6 +15,8 @@ from paella.config import VQConfig
 
 CPU_PIXELS, GPU_PIXELS = 2**18, 2**21
 """Pixels that are encoded at once. The published model takes 1.5 KB of memory for each."""
+CPU_DISTANCES = 2**17
+"""Distances to codes that are computed at once: 512 KB."""
 
 
 class VQResBlock(nn.Module):
@@ -50,7 +52,7 @@ class Codebook(nn.Module):
         # |x−c|² = |x|² − 2x·c + |c|²: the first term is the same for all codes
         bias, transposed = 0.5 * codes.square().sum(1), codes.T.contiguous()
         # on a CPU so few vectors at a time that their distances stay in its cache between the product and the search
-        rows = flat.split(4096 if flat.is_cuda else 16)
+        rows = flat.split(4096 if flat.is_cuda else max(16, CPU_DISTANCES // len(codes)))
         found = torch.cat([torch.addmm(bias, part, transposed, alpha=-1).argmin(1) for part in rows])
         return found.view(latents.shape[0], *latents.shape[2:])
 

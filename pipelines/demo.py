@@ -46,7 +46,7 @@ class DemoConfig:
     """Pictures to generate at the end; the first 64 make the contact sheet."""
 
 
-EXPECTED_S = {"images": 10, "vqgan": 150, "tokens": 20, "train": 780, "pictures": 40, "report": 10}
+EXPECTED_S = {"images": 10, "vqgan": 230, "tokens": 20, "train": 800, "pictures": 55, "report": 10}
 """Seconds of each stage on 2 cores, for the estimate of the time left."""
 
 
