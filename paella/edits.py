@@ -22,7 +22,7 @@ from paella.sampler import MODEL_CARD, Canvas, SamplingConfig, renoised, start
 from paella.unet import Prepared
 
 Size = tuple[int, int]  # width, height in pixels
-LOG_ZERO = -20.0
+LOG_ZERO = -30.0
 """Stands for the logarithm of no probability in an inversion's residuals."""
 
 
@@ -197,8 +197,8 @@ def invert(bundle: Bundle, canvas: Canvas, tokens: Tensor, source: Prepared) -> 
     while not replay.done:
         t = torch.tensor([replay.config.at(replay.step).t], device=tokens.device)
         logits = bundle.unet(replay.tokens[None], t, prepared=source)[0]
-        # a code that the model thinks less likely than LOG_ZERO must not gain by it
-        residuals.append(wanted - logits.float().log_softmax(0).clamp(min=LOG_ZERO))
+        # bounded, so that a code which the model thinks all but impossible does not gain by it
+        residuals.append(wanted - logits.float().log_softmax(0).clamp(min=LOG_ZERO / 2))
         replay.tokens = renoised(replay, tokens, num_labels)
         replay.step += 1
     return torch.stack(residuals)
