@@ -25,7 +25,7 @@ def measure(precision: str) -> float:
     import torch
 
     from paella.config import PRESETS
-    from paella.training import TextToTokens, draw_noise, loss_and_metrics
+    from paella.training import NoiseConfig, TextToTokens, draw_noise, loss_and_metrics
 
     torch.manual_seed(0)
     model = TextToTokens(PRESETS["tiny"])
@@ -33,7 +33,7 @@ def measure(precision: str) -> float:
         model = model.bfloat16()
     tokens = torch.randint(PRESETS["tiny"].unet.num_labels, (BATCH_SIZE, 16, 16))
     text = model.text.tokenize(["a small red circle left of a large blue square on a black background"] * BATCH_SIZE)
-    draws = draw_noise(tokens, PRESETS["tiny"].unet.num_labels, 0, range(BATCH_SIZE), 0.1)
+    draws = draw_noise(tokens, PRESETS["tiny"].unet.num_labels, 0, range(BATCH_SIZE), NoiseConfig())
     seconds = []
     for _ in range(STEPS):
         began = time.perf_counter()

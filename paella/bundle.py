@@ -18,6 +18,7 @@ from torch import Tensor
 
 from paella.conditioning import Conditions, TextEncoders, unconditional
 from paella.config import ModelConfig, VQConfig
+from paella.images import check_image
 from paella.prior import Prior, load_prior, sample_prior
 from paella.prompt_cache import PromptCache
 from paella.sampler import MODEL_CARD, Canvas, SamplingConfig, sample, start
@@ -50,7 +51,7 @@ class Bundle:
 
     @torch.inference_mode()
     def conditions(self, prompt: str, *, clip_image: Tensor | None = None, seed: int | None = None) -> dict[str, Tensor]:
-        """The U-Net's conditions of a prompt, as a batch of one.
+        """The U-Net's conditions of a prompt, as a batch of one. An empty prompt is none: zeros, as where training drops it.
 
         Args:
             clip_image: embeddings of one image (1,D) or several (1,M,D).
@@ -59,7 +60,9 @@ class Bundle:
         weight = next(self.unet.parameters())  # the text encoders may be elsewhere, and in another dtype
         conditions = {name: value.to(weight.device) for name, value in self.prompts([prompt])[0].items()}
         conditions = {name: value if value.dtype == torch.bool else value.to(weight.dtype) for name, value in conditions.items()}
-        if clip_image is None and self.prior is not None and seed is not None and "clip" in conditions:
+        if not prompt:
+            conditions = unconditional(conditions)
+        elif clip_image is None and self.prior is not None and seed is not None and "clip" in conditions:
             clip_image = sample_prior(self.prior, conditions["clip"], seeds=[seed]).to(conditions["clip"].dtype)
         if clip_image is not None:
             conditions["clip_image"] = clip_image
@@ -107,13 +110,16 @@ class Bundle:
 
     @torch.inference_mode()
     def encode(self, image: Tensor) -> Tensor:
-        """Token grid (h,w) of one image (3,H,W) in [0,1]."""
+        """Token grid (h,w) of one image (3,H,W) in [0,1]. Raises ValueError for what no token grid can be made of."""
+        check_image(image)
         weight = self.vqgan.vquantizer.codebook.weight
         return self.vqgan.encode(image[None].to(weight.device, weight.dtype))[0]
 
     @torch.inference_mode()
     def clip_image_embeddings(self, images: Sequence[Tensor]) -> Tensor:
-        """CLIP embeddings (M,D) of images (3,H,W) in [0,1]. Raises ValueError for a model without CLIP."""
+        """CLIP embeddings (M,D) of images (3,H,W) in [0,1]. Raises ValueError for a model without CLIP, and for other shapes."""
+        for image in images:
+            check_image(image)
         embeddings = self.text.clip_image_embeddings(images)
         if self.text.free_after_use:
             self.text.free()
@@ -141,7 +147,7 @@ def save_bundle(
     text: TextEncoders | None = None,
     dtype: torch.dtype | None = None,
 ) -> str:
-    """Write a bundle that can generate; returns the U-Net's digest.
+    """Write a bundle that can generate; returns the U-Net's digest. A CLIP that config names by its directory is copied into it.
 
     Args:
         weights: state dicts of `unet`, `vqgan` and, where config has one, `prior`.
@@ -152,6 +158,9 @@ def save_bundle(
         digests = {name: save_weights(directory, name, state, dtype) for name, state in weights.items()}
         if text is not None:
             text.save(directory / "encoders")
+        if config.text.clip is not None and Path(config.text.clip).is_dir():
+            shutil.copytree(config.text.clip, directory / "encoders" / "clip")
+            config = dataclasses.replace(config, text=dataclasses.replace(config.text, clip="encoders/clip"))
         (directory / "model_card.md").write_text(model_card)
         write_config(directory, {**config.to_dict(), "digests": digests})
     return digests["unet"]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -164,18 +165,21 @@ class TextEncoders(nn.Module):
         self.restore()
         return self.clip.encode_text(self.clip_tokenizer(list(prompts)).to(self.device))
 
+    def clip_truncated(self, prompts: Sequence[str]) -> list[bool]:
+        """Which prompts CLIP sees a part of only: those that begin otherwise where there is room for one piece more."""
+        if self.clip is None:
+            return [False] * len(prompts)
+        ids = self.clip_tokenizer(list(prompts))
+        longer = self.clip_tokenizer(list(prompts), context_length=ids.shape[1] + 1)
+        return (longer[:, :-1] != ids).any(1).tolist()
+
     def clip_image_embeddings(self, images: Sequence[Tensor]) -> Tensor:
         """CLIP embeddings (B,D) of images (3,H,W) in [0,1]. Raises ValueError for a model without CLIP."""
         if self.clip is None:
             raise ValueError("this model has no CLIP encoder, so it cannot be given images to look at")
-        from open_clip import get_model_preprocess_cfg
-        from open_clip.transform import PreprocessCfg, image_transform_v2
-
         self.restore()
-        preprocess: Any = image_transform_v2(PreprocessCfg(**get_model_preprocess_cfg(self.clip)), is_train=False)
-        pixels = [Image.fromarray(array) for image in images for array in to_uint8(image[None])]
-        batch = torch.stack([preprocess(image) for image in pixels])
-        return self.clip.encode_image(batch.to(self.device, next(self.clip.parameters()).dtype))
+        pixels = clip_pixels(self.clip, [array for image in images for array in to_uint8(image[None])])
+        return self.clip.encode_image(pixels.to(self.device, next(self.clip.parameters()).dtype))
 
 
 def unconditional(conditions: Conditions) -> dict[str, Tensor]:
@@ -187,7 +191,7 @@ def unconditional(conditions: Conditions) -> dict[str, Tensor]:
     }
 
 
-def load_clip(name: str, root: str | Path = ".") -> tuple[nn.Module, object]:
+def load_clip(name: str, root: str | Path = ".") -> tuple[nn.Module, Any]:
     """An open_clip model and its tokenizer.
 
     Args:
@@ -207,6 +211,15 @@ def load_clip(name: str, root: str | Path = ".") -> tuple[nn.Module, object]:
         return model.eval(), open_clip.get_tokenizer(source)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"the CLIP model {name!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def clip_pixels(clip: nn.Module, images: Sequence[np.ndarray]) -> Tensor:
+    """What the CLIP's image tower takes of images (H,W,3) uint8: scaled, cropped and normalized as its own config says."""
+    from open_clip import get_model_preprocess_cfg
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    preprocess: Any = image_transform_v2(PreprocessCfg(**get_model_preprocess_cfg(clip)), is_train=False)
+    return torch.stack([preprocess(Image.fromarray(image)) for image in images])
 
 
 def _resolve(name: str, root: str | Path) -> str:

@@ -41,6 +41,16 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise ValueError(f"not a readable image: {error}") from error
 
 
+def check_image(image: Tensor, max_pixels: int = MAX_PIXELS) -> None:
+    """Raises ValueError unless the image is (3,H,W), finite, not empty and of at most `max_pixels`."""
+    if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
+        raise ValueError(f"an image has shape {tuple(image.shape)}, but (3, height, width) is needed")
+    if image.shape[1] * image.shape[2] > max_pixels:
+        raise ValueError(f"an image has {image.shape[2]}x{image.shape[1]} pixels, more than {max_pixels}")
+    if not bool(image.isfinite().all()):
+        raise ValueError("an image has pixels that are not finite numbers")
+
+
 def center_crop(image: Image.Image, side: int) -> np.ndarray:
     """Shorter side scaled to `side`, then the central square: (side, side, 3) uint8."""
     return np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC))

@@ -52,11 +52,12 @@ class PromptCache:
         return [found[prompt] for prompt in prompts]
 
     def _encode(self, prompts: list[str]) -> list[dict[str, Tensor]]:
-        cut = sum(self.text.tokenize(prompts).truncated)
-        if cut:
+        if cut := sum(self.text.tokenize(prompts).truncated):
             warnings.warn(
                 f"{cut} prompt(s) are longer than {self.text.config.max_length} tokens; the rest is cut off", stacklevel=4
             )
+        if cut := sum(self.text.clip_truncated(prompts)):
+            warnings.warn(f"{cut} prompt(s) are longer than CLIP takes; its embedding is of their beginning", stacklevel=4)
         conditions = self.text(prompts)
         rows = []
         for index in range(len(prompts)):

@@ -194,10 +194,12 @@ def sample(
     codebook: Codebook | None = None,
     on_step: Callable[[Sequence[Canvas]], None] | None = None,
 ) -> Tensor:
-    """Take canvases of one size to their last step: (B,H,W) int64 tokens.
+    """Take canvases of one size to their last step: (B,H,W) int64 tokens. Raises ValueError for several sizes.
 
     on_step is called after each step with the canvases that took it; their `prediction` is a preview.
     """
+    if len(sizes := {tuple(canvas.tokens.shape) for canvas in canvases}) > 1:
+        raise ValueError(f"the canvases have several sizes, {sorted(sizes)}: sample each size, or call step() yourself")
     while under_way := [canvas for canvas in canvases if not canvas.done]:
         step(model, under_way, codebook=codebook)
         if on_step:
@@ -207,7 +209,7 @@ def sample(
 
 @torch.inference_mode()
 def step(model: Predictor, canvases: Sequence[Canvas], *, codebook: Codebook | None = None) -> None:
-    """Take each canvas one step further: predict, draw, re-noise. All must have the same size."""
+    """Take each canvas one step further: predict, draw, re-noise."""
     for canvas, logits in predictions(model, canvases):
         now = canvas.config.at(canvas.step)
         drawn = choose(logits, canvas, now.temperature, codebook)
@@ -240,15 +242,21 @@ def predictions(model: Predictor, canvases: Sequence[Canvas]) -> Iterator[tuple[
 
 
 def groups(canvases: Sequence[Canvas], weight: Tensor) -> list[Sequence[Canvas]]:
-    """The canvases that share a pass of a model with such a weight.
+    """The canvases that share a pass of a model with such a weight: those of one size.
 
     In float32 on a CPU each has its own, because a matrix product of another size rounds otherwise: so its tokens are the
     same, bit for bit, in any company. That costs nothing there: what one image needs stays in the cache.
     """
-    number = len(canvases)
-    if weight.device.type == "cpu":
-        number = 1 if weight.dtype == torch.float32 else max(1, CPU_TOKENS // canvases[0].tokens.numel())
-    return [canvases[i : i + number] for i in range(0, len(canvases), number)]
+    by_size: dict[torch.Size, list[Canvas]] = {}
+    for canvas in canvases:
+        by_size.setdefault(canvas.tokens.shape, []).append(canvas)
+    made: list[Sequence[Canvas]] = []
+    for size, same in by_size.items():
+        number = len(same)
+        if weight.device.type == "cpu":
+            number = 1 if weight.dtype == torch.float32 else max(1, CPU_TOKENS // size.numel())
+        made += [same[i : i + number] for i in range(0, len(same), number)]
+    return made
 
 
 def _guided(canvas: Canvas) -> bool:

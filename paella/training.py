@@ -5,6 +5,7 @@ B batch of one worker, H W token grid, K codes.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,53 +85,107 @@ def block_matrices(model: nn.Module) -> list[nn.Parameter]:
 
 
 class TextToTokens(nn.Module):
-    """U-Net and text encoders as one module, so that they shard, train and average together."""
+    """U-Net and T5-family encoder as one module, so that they shard, train and average together.
+
+    CLIP is no part of it: its embeddings come with the tokens.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config.unet
         self.unet = Paella(config.unet)
         # what no loss reaches must not be in the optimizer: its state would never come to be, and a resume would miss it
-        self.unet.clip_image_mapper.requires_grad_(False)
-        self.unet.clip_mapper.requires_grad_(config.text.clip is not None)
-        joint = config.text.new_byt5 is not None
-        self.text = TextEncoders.create(config.text) if joint else TextEncoders.load(config.text).requires_grad_(False)
+        for mapper in (self.unet.clip_mapper, self.unet.clip_image_mapper):
+            mapper.requires_grad_(config.text.clip is not None)
+        joint, text = config.text.new_byt5 is not None, dataclasses.replace(config.text, clip=None)
+        self.text = TextEncoders.create(text) if joint else TextEncoders.load(text).requires_grad_(False)
 
-    def forward(self, tokens: Tensor, t: Tensor, ids: Tensor, mask: Tensor, keep: Tensor, clip: Tensor | None = None) -> Tensor:
-        """Logits (B,K,H,W); captions are replaced by zeros where keep (B,) is False."""
-        states = self.text.states(ids, mask) * keep[:, None, None]
-        clip = None if clip is None else clip * keep[:, None]
-        return self.unet(tokens, t, byt5=states, byt5_mask=mask, clip=clip)
+    def forward(
+        self,
+        tokens: Tensor,
+        t: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        keep: Keep,
+        clip: Tensor | None = None,
+        clip_image: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B,K,H,W) of tokens (B,H,W) at t (B,); ids and mask (B,S), clip and clip_image (B,D).
+
+        What is not kept is zeros (text) or not attended to (image embeddings), as in sampling without it.
+        """
+        states = self.text.states(ids, mask) * keep.caption[:, None, None]
+        if clip is not None and clip_image is not None:
+            number = self.config.clip_seq_len
+            text = mask.new_ones(len(mask), number)
+            mask = torch.cat([mask, text, keep.clip_image[:, None].expand(-1, number)], dim=1)
+            clip = clip * (keep.caption & keep.clip)[:, None]
+        return self.unet(tokens, t, byt5=states, byt5_mask=mask, clip=clip, clip_image=clip_image)
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which conditions each image of a batch sees: caption, clip and clip_image are (B,) bool.
+
+    Without its caption an image sees no CLIP text either, so that guidance has its other half.
+    """
+
+    caption: Tensor
+    clip: Tensor
+    clip_image: Tensor
+
+    def to(self, device: torch.device) -> Keep:
+        return Keep(self.caption.to(device), self.clip.to(device), self.clip_image.to(device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseConfig:
+    """What is taken away from tokens and conditions in training."""
+
+    t_scale: float = 1.08
+    """Noise levels are uniform up to this, cut at 1: a share 1 - 1/t_scale of the images is all noise (published: 1.08)."""
+    drop_caption: float = 0.05
+    """Share of images without their caption, for classifier-free guidance."""
+    keep_clip: float = 0.1
+    """Of a model with CLIP: share of the captions that come with their CLIP embedding."""
+    keep_clip_image: float = 0.1
+    """Of a model with CLIP: share of images with the CLIP embedding of the image itself."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.t_scale <= 10:
+            raise ValueError(f"noise.t_scale={self.t_scale} is not allowed: 1 to 10")
+        for name in ("drop_caption", "keep_clip", "keep_clip_image"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"noise.{name}={getattr(self, name)} is not allowed: 0 to 1")
 
 
 @dataclass(frozen=True)
 class Draws:
-    """The random numbers of one step: t (B,), noised (B,H,W), weight (B,H,W), keep (B,) False where the caption is dropped."""
+    """The random numbers of one step: t (B,), noised (B,H,W), weight (B,H,W), and which conditions are kept."""
 
     t: Tensor
     noised: Tensor
     weight: Tensor
-    keep: Tensor
+    keep: Keep
 
 
-def draw_noise(tokens: Tensor, num_labels: int, seed: int, samples: Sequence[int], drop: float, t_scale: float = 1.08) -> Draws:
+def draw_noise(tokens: Tensor, num_labels: int, seed: int, samples: Sequence[int], config: NoiseConfig) -> Draws:
     """Noise of each image from its own number in the run, so that it does not depend on the number of workers.
 
     Args:
         tokens: (B,H,W) clean tokens.
         samples: for each image, step · global batch size + its place in the global batch.
-        drop: share of captions that are dropped, for classifier-free guidance.
-        t_scale: t is uniform in (0, t_scale], cut at 1, so that a share 1 − 1/t_scale of the images is all noise.
     """
     shape = tuple(tokens.shape[1:])
     rngs = [np.random.Generator(np.random.Philox(key=[seed, sample])) for sample in samples]
-    t, keep = torch.from_numpy(np.stack([rng.random(2, dtype=np.float32) for rng in rngs], axis=1))
+    t, *kept = torch.from_numpy(np.stack([rng.random(4, dtype=np.float32) for rng in rngs], axis=1))
     uniform = torch.from_numpy(np.stack([rng.random(shape, dtype=np.float32) for rng in rngs]))
     random_tokens = torch.from_numpy(np.stack([rng.integers(num_labels, size=shape) for rng in rngs]))
-    t = ((1 - t) * t_scale).clamp(0.001, 1)
+    t = ((1 - t) * config.t_scale).clamp(0.001, 1)
     mask = (uniform <= t[:, None, None]).long()
     noised, _ = add_noise(tokens, t, mask=mask, random_tokens=random_tokens)
-    return Draws(t, noised, loss_weight(t, mask), keep >= drop)
+    keep = Keep(kept[0] >= config.drop_caption, kept[1] < config.keep_clip, kept[2] < config.keep_clip_image)
+    return Draws(t, noised, loss_weight(t, mask), keep)
 
 
 def loss_and_metrics(logits: Tensor, tokens: Tensor, draws: Draws, label_smoothing: float) -> tuple[Tensor, Tensor]:

@@ -204,7 +204,8 @@ class Paella(nn.Module):
             tokens: (B,H,W) integers below num_labels; H and W multiples of `config.grid_multiple`.
             t: (B,) noise level in [0, 1], 1 = all noise.
             byt5, clip, clip_image: see `embed_conditions`.
-            byt5_mask: (B,S) True where a text state counts; padding is kept out of attention.
+            byt5_mask: (B,S) True where a text state counts; padding is kept out of attention. Or (B,S'), one for each
+                conditioning token, to leave out others as well.
             attn_weights: (n,) or (B,n) factors of the attention, after its softmax, to the last n conditioning tokens: those of
                 the image embedding, `config.clip_seq_len` each.
             prepared: all of the conditions, from `prepare`, in place of the above.

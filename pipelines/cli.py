@@ -43,6 +43,11 @@ def absolute(uri: str) -> str:
     return uri if "://" in uri or uri.startswith("models:/") else str(Path(uri).absolute())
 
 
+def absolute_if_directory(name: str | None) -> str | None:
+    """A directory's name made absolute; a name on a hub, and none, as they are."""
+    return str(Path(name).absolute()) if name is not None and Path(name).is_dir() else name
+
+
 def require_writable(path: str) -> Path:
     """Create an output directory. Raises ValueError where that cannot be done."""
     directory = Path(path)

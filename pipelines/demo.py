@@ -23,6 +23,7 @@ from pipelines import (
     scenes,
     tokenize_images,
     train,
+    train_clip,
     train_vqgan,
 )
 from pipelines.stages import Stages
@@ -40,13 +41,15 @@ class DemoConfig:
     """Generated scenes."""
     vqgan_steps: int = 1100
     """Optimizer steps of the VQGAN."""
+    clip_steps: int = 300
+    """Optimizer steps of the small CLIP."""
     train_steps: int = 1400
     """Optimizer steps of the U-Net."""
     num_prompts: int = 256
     """Pictures to generate at the end; the first 64 make the contact sheet."""
 
 
-EXPECTED_S = {"images": 10, "vqgan": 230, "tokens": 20, "train": 800, "pictures": 55, "report": 10}
+EXPECTED_S = {"images": 10, "vqgan": 230, "clip": 60, "tokens": 35, "train": 800, "pictures": 55, "report": 10}
 """Seconds of each stage on 2 cores, for the estimate of the time left."""
 
 
@@ -62,11 +65,13 @@ def run(config: DemoConfig) -> None:
             prompts = write_prompts(root, config)
         with stages("vqgan", "a VQGAN that turns an image into tokens"):
             vqgan = train_vqgan.run(_vqgan_config(config, images, root))
-        with stages("tokens", "all images to tokens"):
+        with stages("clip", "a CLIP that tells which caption belongs to which image"):
+            clip = train_clip.run(_clip_config(config, images, root))
+        with stages("tokens", "all images to tokens, and to what CLIP sees in them"):
             tokens = root / "tokens"
-            tokenize_images.run(tokenize_images.TokenizeConfig(input=images, vqgan=str(vqgan), output=str(tokens), image_size=64))
+            tokenize_images.run(_tokenize_config(images, vqgan, clip, tokens))
         with stages("train", "a U-Net that predicts tokens from noise and a caption"):
-            model = train.run(_train_config(config, tokens, vqgan, prompts, root))
+            model = train.run(_train_config(config, tokens, vqgan, clip, prompts, root))
         with stages("pictures", f"{config.num_prompts} pictures"):
             generate.run(
                 generate.GenerateConfig(
@@ -86,9 +91,20 @@ def _vqgan_config(config: DemoConfig, images: str, root: Path) -> train_vqgan.Tr
     return dataclasses.replace(tiny, data=images, output=str(root / "vqgan"), steps=config.vqgan_steps)
 
 
-def _train_config(config: DemoConfig, tokens: Path, vqgan: Path, prompts: Path, root: Path) -> train.TrainConfig:
+def _clip_config(config: DemoConfig, images: str, root: Path) -> train_clip.TrainClipConfig:
+    tiny = train_clip.presets()["tiny"]
+    return dataclasses.replace(tiny, data=images, output=str(root / "clip"), steps=config.clip_steps)
+
+
+def _tokenize_config(images: str, vqgan: Path, clip: Path, tokens: Path) -> tokenize_images.TokenizeConfig:
+    return tokenize_images.TokenizeConfig(input=images, vqgan=str(vqgan), clip=str(clip), output=str(tokens), image_size=64)
+
+
+def _train_config(config: DemoConfig, tokens: Path, vqgan: Path, clip: Path, prompts: Path, root: Path) -> train.TrainConfig:
+    tiny = train.presets()["tiny"]
     return dataclasses.replace(
-        train.presets()["tiny"],
+        tiny,
+        model=dataclasses.replace(tiny.model, text=dataclasses.replace(tiny.model.text, clip=str(clip))),
         data=str(tokens),
         vqgan=str(vqgan),
         output=str(root / "train"),

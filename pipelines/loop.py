@@ -25,11 +25,16 @@ from pipelines.workers import resume_directory
 Optimizers = Sequence[torch.optim.Optimizer]
 
 
-def require_run(config: Any, *counts: str) -> None:
-    """Raises ValueError for what no training program allows: a count below 1, a batch that workers cannot share, a precision."""
-    for name in ("steps", "global_batch_size", "num_workers", "checkpoint_every", *counts):
+def require_counts(config: Any, *names: str) -> None:
+    """Raises ValueError for a field below 1."""
+    for name in names:
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)} is not allowed: an integer of at least 1")
+
+
+def require_run(config: Any, *counts: str) -> None:
+    """Raises ValueError for what no training program allows: a count below 1, a batch that workers cannot share, a precision."""
+    require_counts(config, "steps", "global_batch_size", "num_workers", "checkpoint_every", *counts)
     if config.global_batch_size % config.num_workers:
         raise ValueError(f"global_batch_size={config.global_batch_size} must be a multiple of num_workers={config.num_workers}")
     if config.precision not in ("auto", "bf16", "float32"):

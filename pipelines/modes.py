@@ -140,12 +140,18 @@ def negative_prompt(make: Maker) -> Sheet:
 
 
 def variation(make: Maker) -> Sheet:
-    return [("source", make.source), ("variation", make(edits.variation, make.source))]
+    made = [(f"variation, seed {seed}", make(edits.variation, make.source, seed=seed)) for seed in (1, 2, 3)]
+    return [("source", make.source), *made]
 
 
 def blend(make: Maker) -> Sheet:
     made = make(edits.blend, [make.source, make.target], [1.0, 1.0])
     return [("first", make.source), ("second", make.target), ("blend", made)]
+
+
+def image_interpolation(make: Maker) -> Sheet:
+    shares = (0.0, 0.25, 0.5, 0.75, 1.0)
+    return [(f"share {share}", make(edits.interpolate_images, make.source, make.target, share)) for share in shares]
 
 
 MODES = (
@@ -161,6 +167,7 @@ MODES = (
     negative_prompt,
     variation,
     blend,
+    image_interpolation,
 )
 
 

@@ -66,15 +66,6 @@ class TokenFormat:
 
 
 @dataclass(frozen=True)
-class TokenBatch:
-    """tokens (B,H,W) int64, captions and ids of one worker's part of a global batch."""
-
-    tokens: np.ndarray
-    captions: list[str]
-    ids: list[str]
-
-
-@dataclass(frozen=True)
 class ClipBatch:
     """CLIP embeddings of one worker's part of a global batch.
 
@@ -85,6 +76,16 @@ class ClipBatch:
     image: np.ndarray
     complete: np.ndarray
     ids: list[str]
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """tokens (B,H,W) int64, captions and ids of one worker's part of a global batch, and their CLIP embeddings if asked for."""
+
+    tokens: np.ndarray
+    captions: list[str]
+    ids: list[str]
+    clip: ClipBatch | None = None
 
 
 class TokenDataset:
@@ -123,26 +124,36 @@ class TokenDataset:
             raise ValueError(f"{self.uri} has {self.num_rows} rows, fewer than global_batch_size={global_batch_size}")
         return self.num_rows // global_batch_size
 
+    def require_clip(self) -> int:
+        """The width of the CLIP embeddings. Raises ValueError where there are none."""
+        if self.format.clip_embd is None:
+            raise ValueError(f"{self.uri} has no CLIP embeddings (columns {' and '.join(CLIP_COLUMNS)})")
+        return self.format.clip_embd
+
     def batches(
-        self, *, seed: int, global_batch_size: int, rank: int = 0, world_size: int = 1, start_step: int = 0
+        self,
+        *,
+        seed: int,
+        global_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+        clip: bool = False,
     ) -> Iterator[TokenBatch]:
-        """This worker's slices of global batches start_step, start_step+1, …, over endless epochs."""
-        for table in self._slices(["id", "tokens", "caption"], seed, global_batch_size, rank, world_size, start_step):
-            yield self._to_batch(table)
+        """This worker's slices of global batches start_step, start_step+1, …, over endless epochs.
+
+        With CLIP embeddings if asked for; raises ValueError where there are none.
+        """
+        columns = ["id", "tokens", "caption", *(CLIP_COLUMNS if clip else ())]
+        for table in self._slices(columns, seed, global_batch_size, rank, world_size, start_step):
+            yield self._to_batch(table, clip)
 
     def clip_batches(
         self, *, seed: int, global_batch_size: int, rank: int = 0, world_size: int = 1, start_step: int = 0
     ) -> Iterator[ClipBatch]:
         """The CLIP embeddings of the same rows in the same order as `batches`. Raises ValueError where there are none."""
-        width = self.format.clip_embd
-        if width is None:
-            raise ValueError(f"{self.uri} has no CLIP embeddings (columns {' and '.join(CLIP_COLUMNS)})")
         for table in self._slices(["id", *CLIP_COLUMNS], seed, global_batch_size, rank, world_size, start_step):
-            flat = (table[name].combine_chunks().flatten().to_numpy() for name in CLIP_COLUMNS)
-            text, image = (values.reshape(-1, width).astype(np.float32) for values in flat)
-            complete = np.isfinite(text).all(axis=1) & np.isfinite(image).all(axis=1)
-            text[~complete] = image[~complete] = 0
-            yield ClipBatch(text, image, complete, table["id"].to_pylist())
+            yield self._to_clip(table)
 
     def _slices(
         self, columns: list[str], seed: int, global_batch_size: int, rank: int, world_size: int, start_step: int
@@ -186,10 +197,19 @@ class TokenDataset:
         with self._open(name) as file:
             return pq.read_table(file, columns=columns)
 
-    def _to_batch(self, table: pa.Table) -> TokenBatch:
+    def _to_clip(self, table: pa.Table) -> ClipBatch:
+        width = self.require_clip()
+        flat = (table[name].combine_chunks().flatten().to_numpy() for name in CLIP_COLUMNS)
+        text, image = (values.reshape(-1, width).astype(np.float32) for values in flat)
+        complete = np.isfinite(text).all(axis=1) & np.isfinite(image).all(axis=1)
+        text[~complete] = image[~complete] = 0
+        return ClipBatch(text, image, complete, table["id"].to_pylist())
+
+    def _to_batch(self, table: pa.Table, clip: bool) -> TokenBatch:
         tokens = table["tokens"].combine_chunks().flatten().to_numpy()
-        grid = tokens.reshape(-1, self.format.grid_height, self.format.grid_width)
-        return TokenBatch(grid.astype(np.int64), table["caption"].to_pylist(), table["id"].to_pylist())
+        grid = tokens.reshape(-1, self.format.grid_height, self.format.grid_width).astype(np.int64)
+        embeddings = self._to_clip(table) if clip else None
+        return TokenBatch(grid, table["caption"].to_pylist(), table["id"].to_pylist(), embeddings)
 
 
 def require_vqgan(format: TokenFormat, digest: str, uri: str) -> None:

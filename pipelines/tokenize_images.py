@@ -30,10 +30,12 @@ from tqdm import tqdm
 
 from paella import command_line
 from paella.bundle import load_vqgan
+from paella.conditioning import load_clip
 from paella.config import VQConfig
 from paella.images import center_crop, decode_image, to_tensor
 from paella.storage import new_file
 from pipelines import cli
+from pipelines.clip_columns import ClipColumns, clip_digest, fixed_size_lists
 from pipelines.sources import Reject, Sample, Unit, find_units, read_unit
 from pipelines.token_dataset import FORMAT_VERSION, TokenFormat
 
@@ -56,6 +58,9 @@ class TokenizeConfig:
     """Images per pass of the VQGAN."""
     rows_per_unit: int = 1024
     """Samples per output shard, at most."""
+    clip: str | None = None
+    """CLIP whose embeddings of image and caption are kept with the tokens: an open_clip name (ViT-H-14/laion2b_s32b_b79k) or
+    a directory. None keeps none."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "batch_size", "rows_per_unit"):
@@ -66,16 +71,22 @@ class TokenizeConfig:
 def run(config: TokenizeConfig) -> Path:
     """Tokenize; returns the dataset's directory. Raises ValueError for the user's mistakes, before Ray starts."""
     config = dataclasses.replace(
-        config, input=cli.absolute(config.input), vqgan=cli.absolute(config.vqgan), output=cli.absolute(config.output)
+        config,
+        input=cli.absolute(config.input),
+        vqgan=cli.absolute(config.vqgan),
+        output=cli.absolute(config.output),
+        clip=cli.absolute_if_directory(config.clip),
     )
     model, digest = load_vqgan(config.vqgan)
     if config.image_size % model.config.downsampling:
         raise ValueError(
             f"image_size={config.image_size} is not allowed: the VQGAN needs a multiple of {model.config.downsampling}"
         )
+    if config.clip is not None:
+        load_clip(config.clip)  # says here, and not in a worker, what is wrong with it
     units = find_units(config.input, config.rows_per_unit)
     output = cli.require_writable(config.output)
-    cli.require_same_config(output, cli.config_values(config) | {"vqgan": digest})
+    cli.require_same_config(output, cli.config_values(config) | {"vqgan": digest, "clip": clip_digest(config.clip)})
     _require_same_input(config, units)
     unfinished = [unit for unit in units if not (output / shard_name(unit)).exists()]
     if not unfinished and _listed(output) == len(units):
@@ -209,9 +220,14 @@ class EncodeUnit:
         torch.backends.cudnn.allow_tf32 = False  # convolutions on GPUs are not float32 otherwise
         self.model, digest = load_vqgan(config.vqgan)
         self.model.to(self.device)
+        self.clip = None if config.clip is None else ClipColumns(config.clip, self.device)
         side = config.image_size // self.model.config.downsampling
         self.format = TokenFormat(
-            grid_height=side, grid_width=side, codebook_size=self.model.config.codebook_size, vqgan_digest=digest
+            grid_height=side,
+            grid_width=side,
+            codebook_size=self.model.config.codebook_size,
+            vqgan_digest=digest,
+            clip_embd=None if self.clip is None else self.clip.width,
         )
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -228,15 +244,22 @@ class EncodeUnit:
 
     @torch.inference_mode()
     def _table(self, samples: list[dict], images: np.ndarray) -> pa.Table:
-        size = self.config.batch_size
-        parts = [to_tensor(images[start : start + size]) for start in range(0, len(images), size)]
-        tokens = [self.model.encode(part.to(self.device)).cpu().numpy().astype(np.uint16).ravel() for part in parts]
-        schema = self.format.schema()
-        values = pa.array(np.concatenate(tokens) if tokens else np.empty(0, np.uint16))
-        columns = {name: [sample[name] for sample in samples] for name in schema.names if name != "tokens"}
-        arrays = {name: pa.array(column, type=schema.field(name).type) for name, column in columns.items()}
-        arrays["tokens"] = pa.FixedSizeListArray.from_arrays(values, type=schema.field("tokens").type)
-        return pa.table([arrays[name] for name in schema.names], schema=schema)
+        size, schema = self.config.batch_size, self.format.schema()
+        columns: dict[str, list[np.ndarray]] = {"tokens": []}
+        for start in range(0, len(images), size):
+            part = images[start : start + size]
+            columns["tokens"].append(self.model.encode(to_tensor(part).to(self.device)).cpu().numpy().astype(np.uint16))
+            if self.clip is not None:
+                captions = [sample["caption"] for sample in samples[start : start + size]]
+                for name, values in self.clip(part, captions).items():
+                    columns.setdefault(name, []).append(values)
+        arrays = [
+            fixed_size_lists(columns.get(field.name, []), field.type)
+            if pa.types.is_fixed_size_list(field.type)
+            else pa.array([sample[field.name] for sample in samples], type=field.type)
+            for field in schema
+        ]
+        return pa.table(arrays, schema=schema)
 
 
 class DecodeAndEncodeUnit(EncodeUnit):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from paella import command_line
 from paella.bundle import load_vqgan, save_bundle
-from paella.conditioning import unconditional
+from paella.conditioning import load_clip, unconditional
 from paella.config import PRESETS, ModelConfig
 from paella.ema import Ema
 from paella.images import contact_sheet, to_uint8
@@ -28,7 +29,7 @@ from paella.parallel import compute_dtype, count_parameters, full_state_dict, ga
 from paella.sampler import SamplingConfig, sample, start
 from paella.short_run import initialise_byt5, initialise_unet
 from paella.storage import new_file
-from paella.training import OptimConfig, TextToTokens, draw_noise, loss_and_metrics, metrics_of
+from paella.training import NoiseConfig, OptimConfig, TextToTokens, draw_noise, loss_and_metrics, metrics_of
 from paella.vqgan import VQModel
 from pipelines import cli, loop, tracking
 from pipelines.progress import Progress
@@ -62,10 +63,8 @@ class TrainConfig:
     """Decay of the averaged weights, which sampling uses."""
     label_smoothing: float = 0.1
     """Of the cross-entropy."""
-    drop_caption: float = 0.05
-    """Share of captions dropped, for classifier-free guidance."""
-    t_scale: float = 1.08
-    """Noise levels are uniform up to this, cut at 1: a share 1 - 1/t_scale of the images is all noise (published: 1.08)."""
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    """Of tokens, and what is taken away from the conditions."""
     init: str = "published"
     """Initial weights: published, or short-run, which starts faster where there are only thousands of steps."""
     seed: int = 0
@@ -83,8 +82,6 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         loop.require_run(self, "sample_every")
-        if not 1 <= self.t_scale <= 10:
-            raise ValueError(f"t_scale={self.t_scale} is not allowed: 1 to 10")
         if self.init not in ("published", "short-run"):
             raise ValueError(f"init={self.init!r} is not allowed: published or short-run")
 
@@ -103,8 +100,7 @@ def presets() -> dict[str, TrainConfig]:
         num_workers=2,
         ema_decay=0.995,
         label_smoothing=0.0,
-        drop_caption=0.1,
-        t_scale=1.55,
+        noise=NoiseConfig(t_scale=1.55, drop_caption=0.1, keep_clip=0.9, keep_clip_image=0.2),
         init="short-run",
         checkpoint_every=200,
         sample_every=280,
@@ -116,8 +112,10 @@ def presets() -> dict[str, TrainConfig]:
 
 def run(config: TrainConfig) -> Path:
     """Train; returns the bundle's directory. Raises ValueError for the user's mistakes, before any worker starts."""
+    text = dataclasses.replace(config.model.text, clip=cli.absolute_if_directory(config.model.text.clip))
     config = dataclasses.replace(
         config,
+        model=dataclasses.replace(config.model, text=text),
         data=cli.absolute(config.data),
         vqgan=cli.absolute(config.vqgan),
         output=cli.absolute(config.output),
@@ -156,6 +154,10 @@ def _check_data(config: TrainConfig) -> None:
         raise ValueError(
             f"{config.data} has a grid of {dataset.format.grid_height}x{dataset.format.grid_width} tokens, "
             f"the model needs sides that are multiples of {multiple}"
+        )
+    if config.model.text.clip is not None and (width := dataset.require_clip()) != config.model.unet.clip_embd:
+        raise ValueError(
+            f"{config.data} has CLIP embeddings of width {width}, the model's clip_embd is {config.model.unet.clip_embd}"
         )
     sample_prompts(config)
 
@@ -200,6 +202,7 @@ def train_worker(arguments: dict) -> None:
         rank=rank,
         world_size=world_size,
         start_step=start,
+        clip=config.model.text.clip is not None,
     )
     progress = Progress("train", config.steps, start, enabled=rank == 0)
     report = loop.Report(
@@ -233,11 +236,16 @@ def train_step(
     lr = config.optim.set_lr(optimizers, step, config.steps)
     tokens = torch.from_numpy(batch.tokens)
     numbers = loop.sample_numbers(step, config.global_batch_size)
-    draws = draw_noise(tokens, config.model.unet.num_labels, config.seed, numbers, config.drop_caption, config.t_scale)
+    draws = draw_noise(tokens, config.model.unet.num_labels, config.seed, numbers, config.noise)
     text = model.text.tokenize(batch.captions)
-    inputs = (draws.noised, draws.t, text.ids, text.mask, draws.keep)
-    clip = model.text.clip_embeddings(batch.captions)
-    logits = model(*(value.to(device) for value in inputs), clip=clip)
+    inputs = [value.to(device) for value in (draws.noised, draws.t, text.ids, text.mask)]
+    if batch.clip is None:
+        logits = model(*inputs, draws.keep.to(device))
+    else:
+        complete = torch.from_numpy(batch.clip.complete)
+        keep = dataclasses.replace(draws.keep, clip=draws.keep.clip & complete, clip_image=draws.keep.clip_image & complete)
+        embeddings = [torch.from_numpy(values).to(device) for values in (batch.clip.text, batch.clip.image)]
+        logits = model(*inputs, keep.to(device), *embeddings)
     moved = dataclasses.replace(draws, t=draws.t.to(device), weight=draws.weight.to(device))
     loss, sums = loss_and_metrics(logits, tokens.to(device), moved, config.label_smoothing)
     return sums, loop.optimizer_step(model, optimizers, loss, config.optim.grad_clip), lr
@@ -253,6 +261,8 @@ class Samples:
         self.rank, self.world_size, self.device = rank, world_size, device
         prompts = sample_prompts(config)
         self.prompts = prompts[: max(world_size, len(prompts) // world_size * world_size)]
+        name = config.model.text.clip
+        self.clip = None if name is None else clip_text_embeddings(name, self.prompts)
 
     @torch.no_grad()
     def draw(self, model: TextToTokens, ema: Ema, step: int) -> None:
@@ -261,7 +271,8 @@ class Samples:
         side = self.config.model.image_size
         model.eval()
         with ema.swapped_into(model):
-            tokens = sample_sharded(model, [self.prompts[i] for i in indices], list(indices), side, self.config)
+            clip = None if self.clip is None else self.clip[list(indices)].to(self.device)
+            tokens = sample_sharded(model, [self.prompts[i] for i in indices], list(indices), side, self.config, clip)
         model.train()
         images = to_uint8(self.vqgan.decode_indices(tokens.to(self.device)))
         gathered: list = [None] * self.world_size
@@ -279,16 +290,28 @@ class Samples:
         print(f"samples after {step} steps: {file}", flush=True)
 
 
-def sample_sharded(model: TextToTokens, prompts: list[str], seeds: list[int], side: int, config: TrainConfig) -> Tensor:
-    """Token grids of prompts by a sharded model, whose weights are gathered for as long as it takes."""
+def sample_sharded(
+    model: TextToTokens, prompts: list[str], seeds: list[int], side: int, config: TrainConfig, clip: Tensor | None
+) -> Tensor:
+    """Token grids of prompts, with their CLIP embeddings (B,D), by a sharded model, whose weights are gathered for as long."""
     size, num_labels = config.model.grid(side, side), config.model.unet.num_labels
     with gathered(model):
         canvases = []
-        for prompt, seed in zip(prompts, seeds, strict=True):
+        for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             conditions = model.text([prompt])
+            if clip is not None:
+                conditions["clip"] = clip[index : index + 1].to(conditions["byt5"].dtype)
             prepared = [model.unet.prepare(**conditions)], model.unet.prepare(**unconditional(conditions))
             canvases.append(start(num_labels, size, *prepared, seed=seed, config=config.sampling))
         return sample(model.unet, canvases)
+
+
+@torch.inference_mode()
+def clip_text_embeddings(name: str, prompts: list[str]) -> Tensor:
+    """CLIP's embeddings (B,D) of prompts."""
+    clip: Any
+    clip, tokenizer = load_clip(name)
+    return clip.encode_text(tokenizer(prompts))
 
 
 def save_trained(config: TrainConfig, state: dict[str, Tensor]) -> None:

@@ -24,7 +24,7 @@ from paella.conditioning import TextEncoders
 from paella.config import PRESETS, ModelConfig, VQConfig
 from paella.unet import Paella
 from paella.vqgan import VQModel
-from pipelines import cli, img2dataset_layout, scenes
+from pipelines import cli, img2dataset_layout, scenes, train_clip
 
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -83,6 +83,30 @@ def model_bundle(tmp_path_factory) -> Path:
     text = TextEncoders.create(config.text)
     weights = {"unet": Paella(config.unet).state_dict(), "vqgan": VQModel(config.vqgan).state_dict()}
     save_bundle(path, config, weights, "card", text)
+    return path
+
+
+@pytest.fixture(scope="session")
+def clip_directory(tmp_path_factory) -> Path:
+    """A small CLIP with random weights, in open_clip's format."""
+    import open_clip
+
+    torch.manual_seed(0)
+    path, config = tmp_path_factory.mktemp("clip") / "model", train_clip.ClipConfig(patch_size=16, width=32, layers=1)
+    train_clip.save_clip(path, open_clip.CLIP(**config.open_clip(32)), config, 32)
+    return path
+
+
+@pytest.fixture(scope="session")
+def clip_bundle(tmp_path_factory, clip_directory) -> Path:
+    """A bundle with random weights, in which every condition can be heard, and a CLIP."""
+    torch.manual_seed(0)
+    path, config = tmp_path_factory.mktemp("model") / "bundle", small_config()
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, clip=str(clip_directory)))
+    unet = Paella(config.unet)
+    torch.nn.init.normal_(unet.clf[1].weight)
+    weights = {"unet": unet.state_dict(), "vqgan": VQModel(config.vqgan).state_dict()}
+    save_bundle(path, config, weights, "card", TextEncoders.create(config.text))
     return path
 
 

@@ -8,7 +8,7 @@ from conftest import free_ports, running, small_config
 from safetensors.torch import load_file, save_file
 
 import paella
-from paella.bundle import load_bundle, load_vqgan, save_bundle
+from paella.bundle import load_bundle, load_vqgan
 from paella.conditioning import TextEncoders, load_clip
 from paella.config import TextConfig
 from paella.storage import local_directory, new_directory, new_file
@@ -236,36 +236,40 @@ def test_encoders_that_cannot_be_loaded(tmp_path):
         TextEncoders.create(TextConfig())
 
 
-def test_clip_through_open_clip(model_bundle, tmp_path):
-    """A small CLIP in open_clip's own format is loaded by the same code as ViT-H-14, and reaches the U-Net."""
-    import dataclasses
-
-    import open_clip
-    from safetensors.torch import save_model
-
-    from paella.unet import Paella
-    from paella.vqgan import VQModel
-
-    cfg = {
-        "embed_dim": 64,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16, "head_width": 32},
-        "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
-    }
-    bundle = tmp_path / "bundle"
-    config = small_config()
-    config = dataclasses.replace(config, text=dataclasses.replace(config.text, clip="encoders/clip"))
-    unet = Paella(config.unet)
-    torch.nn.init.normal_(unet.clf[1].weight)
-    weights = {"unet": unet.state_dict(), "vqgan": VQModel(config.vqgan).state_dict()}
-    save_bundle(bundle, config, weights, "card", TextEncoders.create(config.text))
-    clip = open_clip.model.CLIP(**cfg)
-    directory = bundle / "encoders" / "clip"
-    directory.mkdir()
-    (directory / "open_clip_config.json").write_text(json.dumps({"model_cfg": cfg, "preprocess_cfg": {}}))
-    save_model(clip, str(directory / "open_clip_model.safetensors"))
-    loaded = load_bundle(str(bundle))
+def test_clip_through_open_clip(clip_bundle):
+    """A small CLIP in open_clip's own format travels with the bundle, and reaches the U-Net by the same code as ViT-H-14."""
+    loaded = load_bundle(str(clip_bundle))
+    assert loaded.config.text.clip == "encoders/clip"
     conditions = loaded.text(["a red circle"])
     assert conditions["clip"].shape == (1, 64)
     tokens, t = torch.zeros(1, 16, 16, dtype=torch.long), torch.ones(1)
     with_clip = loaded.unet(tokens, t, **conditions)
     assert not torch.equal(with_clip, loaded.unet(tokens, t, **(conditions | {"clip": conditions["clip"] * 0})))
+    with pytest.warns(UserWarning, match=r"1 prompt\(s\) are longer than CLIP takes"):
+        loaded.prompts(["a " * 31])
+    assert loaded.text.clip_truncated(["a " * 30, "a " * 31, ""]) == [False, True, False]
+
+
+def test_an_empty_prompt_is_none(clip_bundle):
+    bundle = load_bundle(str(clip_bundle))
+    conditions = bundle.conditions("")
+    assert not conditions["byt5"].any() and not conditions["clip"].any() and conditions["byt5_mask"].all()
+    assert bundle.conditions("a")["clip"].any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((3, 0, 0), r"shape \(3, 0, 0\)"),
+        ((1, 64, 64), r"shape \(1, 64, 64\)"),
+        ((64, 64), r"shape \(64, 64\)"),
+        ((3, 10_000, 10_001), "10001x10000 pixels, more than 50000000"),
+    ],
+)
+def test_images_that_are_none(clip_bundle, shape, message):
+    bundle, image = load_bundle(str(clip_bundle)), torch.zeros(1).expand(shape)  # expanded, so that 100 megapixels take no memory
+    for look in (bundle.encode, lambda image: bundle.clip_image_embeddings([image])):
+        with pytest.raises(ValueError, match=message):
+            look(image)
+    with pytest.raises(ValueError, match="not finite"):
+        bundle.encode(torch.full((3, 64, 64), torch.nan))

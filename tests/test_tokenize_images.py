@@ -24,6 +24,7 @@ from PIL import Image
 
 from paella import command_line
 from paella.bundle import load_vqgan, save_vqgan
+from paella.conditioning import clip_pixels, load_clip
 from paella.config import VQConfig
 from paella.images import MAX_PIXELS, center_crop, decode_image, to_tensor
 from paella.vqgan import VQModel
@@ -65,6 +66,25 @@ def dataset(tmp_path_factory, images, vqgan, ray_session) -> Path:
 def config(images, vqgan, output, **changes) -> TokenizeConfig:
     values = {"image_size": 32, "batch_size": 8, "rows_per_unit": 4} | changes
     return TokenizeConfig(input=str(images), vqgan=str(vqgan), output=str(output), **values)
+
+
+def test_clip_columns_are_what_clip_says_of_crop_and_caption(images, vqgan, clip_directory, tmp_path, ray_session):
+    output = run(config(images, vqgan, tmp_path / "tokens", clip=str(clip_directory)))
+    rows = rows_of(output)
+    clip, tokenizer = load_clip(str(clip_directory))
+    samples = [sample for unit in find_units(str(images)) for sample in read_unit(unit)][:5]
+    crops = [center_crop(decode_image(sample.image), 32) for sample in samples]
+    with torch.inference_mode():
+        image, text = (clip.encode_image(clip_pixels(clip, crops)), clip.encode_text(tokenizer([s.caption for s in samples])))
+    for name, values in {"clip_image": image, "clip_text": text}.items():
+        kept = np.stack([rows[sample.id][name] for sample in samples]).astype(np.float32)
+        np.testing.assert_allclose(kept, values.numpy(), atol=2e-3, rtol=2e-3)  # float16
+    assert TokenDataset(str(output)).require_clip() == image.shape[1]
+    with pytest.raises(ValueError, match="another config .clip .* None"):
+        run(config(images, vqgan, output))
+    with pytest.raises(ValueError, match="CLIP model 'no/such' cannot be loaded"):
+        run(config(images, vqgan, tmp_path / "other", clip="no/such"))
+    assert not (tmp_path / "other").exists()
 
 
 def rows_of(output: Path) -> dict[str, dict]:

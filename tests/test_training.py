@@ -10,7 +10,7 @@ from paella.config import PRESETS
 from paella.ema import Ema
 from paella.objective import add_noise
 from paella.parallel import compute_dtype, count_parameters
-from paella.training import OptimConfig, TextToTokens, draw_noise, loss_and_metrics, metrics_of
+from paella.training import Keep, NoiseConfig, OptimConfig, TextToTokens, draw_noise, loss_and_metrics, metrics_of
 
 TINY = PRESETS["tiny"]
 SMALL = dataclasses.replace(
@@ -22,26 +22,29 @@ SMALL = dataclasses.replace(
 
 def test_noise_belongs_to_the_sample_not_to_the_worker():
     tokens = torch.randint(256, (4, 8, 8))
-    together = draw_noise(tokens, 256, 7, range(4), 0.1)
-    apart = [draw_noise(tokens[part], 256, 7, part, 0.1) for part in ([0, 1], [2, 3])]
+    together = draw_noise(tokens, 256, 7, range(4), NoiseConfig())
+    apart = [draw_noise(tokens[part], 256, 7, part, NoiseConfig()) for part in ([0, 1], [2, 3])]
     assert torch.equal(together.noised, torch.cat([part.noised for part in apart]))
     assert torch.equal(together.t, torch.cat([part.t for part in apart]))
-    again = draw_noise(tokens, 256, 7, range(4, 8), 0.1)
+    again = draw_noise(tokens, 256, 7, range(4, 8), NoiseConfig())
     assert not torch.equal(together.t, again.t)
 
 
 def test_noise_has_its_rate_and_captions_are_dropped():
     tokens = torch.zeros(400, 16, 16, dtype=torch.long)
-    draws = draw_noise(tokens, 256, 0, range(400), 0.25)
+    draws = draw_noise(tokens, 256, 0, range(400), NoiseConfig(drop_caption=0.25, keep_clip=0.5, keep_clip_image=0.75))
     share = (draws.noised != 0).float().mean((1, 2))
     torch.testing.assert_close(share, draws.t * 255 / 256, atol=0.15, rtol=0)
-    assert abs((~draws.keep).float().mean().item() - 0.25) < 0.07
+    shares = [kept.float().mean().item() for kept in (draws.keep.caption, draws.keep.clip, draws.keep.clip_image)]
+    assert shares == pytest.approx([0.75, 0.5, 0.75], abs=0.07)
+    both = (draws.keep.caption & draws.keep.clip_image).float().mean().item()
+    assert both == pytest.approx(0.75**2, abs=0.07), "each is drawn on its own"
     with pytest.raises(ValueError, match="num_labels"):
         add_noise(tokens, draws.t)
 
 
 def test_noise_levels_reach_all_noise():
-    draws = draw_noise(torch.zeros(500, 2, 2, dtype=torch.long), 16, 0, range(500), 0.0, t_scale=2.0)
+    draws = draw_noise(torch.zeros(500, 2, 2, dtype=torch.long), 16, 0, range(500), NoiseConfig(t_scale=2.0))
     assert abs((draws.t == 1).float().mean().item() - 0.5) < 0.07
     assert 0 < draws.t.min() < 0.05
 
@@ -52,7 +55,7 @@ def test_loss_falls_on_one_batch_and_dropped_captions_do_not_matter():
     (optimizer,) = OptimConfig(lr=1e-2, warmup_steps=1).optimizers(model)
     tokens = torch.randint(4, (8, 8, 8))
     text = model.text.tokenize([f"caption {i}" for i in range(8)])
-    draws = draw_noise(tokens, 256, 0, range(8), 0.0)
+    draws = draw_noise(tokens, 256, 0, range(8), NoiseConfig(drop_caption=0.0))
     losses = []
     for _ in range(60):
         loss, _ = loss_and_metrics(model(draws.noised, draws.t, text.ids, text.mask, draws.keep), tokens, draws, 0.0)
@@ -62,7 +65,7 @@ def test_loss_falls_on_one_batch_and_dropped_captions_do_not_matter():
         losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0]
     model.eval()
-    nothing = torch.zeros(8, dtype=torch.bool)
+    nothing = Keep(*torch.zeros(3, 8, dtype=torch.bool))
     other = model.text.tokenize([f"another {i}" for i in range(8)])
     assert other.mask.shape == text.mask.shape
     assert torch.equal(
@@ -71,9 +74,38 @@ def test_loss_falls_on_one_batch_and_dropped_captions_do_not_matter():
     )
 
 
+def test_training_sees_clip_as_sampling_does():
+    """A dropped image embedding is as if there were none, a dropped text is zeros, and both matter where they are kept."""
+    torch.manual_seed(0)
+    model = TextToTokens(dataclasses.replace(SMALL, text=dataclasses.replace(SMALL.text, clip="encoders/clip"))).eval()
+    torch.nn.init.normal_(model.unet.clf[1].weight)
+    assert model.text.clip is None, "the embeddings come with the tokens"
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {"unet.clip_mapper.weight", "unet.clip_image_mapper.weight"} <= trained
+    tokens, t = torch.randint(256, (2, 8, 8)), torch.ones(2)
+    text = model.text.tokenize(["a circle", "a much longer caption"])
+    clip, clip_image = torch.randn(2, 2, SMALL.unet.clip_embd)
+    states = model.text.states(text.ids, text.mask)
+    yes, no = torch.ones(2, dtype=torch.bool), torch.zeros(2, dtype=torch.bool)
+
+    def trained_with(*keep: torch.Tensor) -> torch.Tensor:
+        return model(tokens, t, text.ids, text.mask, Keep(*keep), clip, clip_image)
+
+    def sampled_with(**conditions: torch.Tensor) -> torch.Tensor:
+        return model.unet(tokens, t, byt5_mask=text.mask, **conditions)
+
+    zero, image = torch.zeros_like(clip), {"clip_image": clip_image}
+    torch.testing.assert_close(trained_with(yes, yes, yes), sampled_with(byt5=states, clip=clip, **image))
+    torch.testing.assert_close(trained_with(yes, yes, no), sampled_with(byt5=states, clip=clip))
+    torch.testing.assert_close(trained_with(yes, no, no), sampled_with(byt5=states, clip=zero))
+    torch.testing.assert_close(trained_with(no, yes, yes), sampled_with(byt5=states * 0, clip=zero, **image))
+    assert not torch.equal(trained_with(yes, yes, yes), trained_with(yes, yes, no))
+    assert not torch.equal(trained_with(yes, yes, no), trained_with(yes, no, no))
+
+
 def test_metrics_by_noise_level():
     tokens = torch.zeros(2, 4, 4, dtype=torch.long)
-    draws = draw_noise(tokens, 16, 0, range(2), 0.0)
+    draws = draw_noise(tokens, 16, 0, range(2), NoiseConfig(drop_caption=0.0))
     draws = dataclasses.replace(draws, t=torch.tensor([0.1, 0.9]))
     logits = torch.zeros(2, 16, 4, 4)
     logits[0, 0] = 9.0
@@ -133,7 +165,7 @@ def test_checkpoint_restores_weights_optimizer_and_averages(tmp_path):
         tokens = torch.randint(256, (2, 8, 8), generator=torch.Generator().manual_seed(1))
         text = model.text.tokenize(["a", "b"])
         for step in steps:
-            draws = draw_noise(tokens, 256, 0, range(2 * step, 2 * step + 2), 0.0)
+            draws = draw_noise(tokens, 256, 0, range(2 * step, 2 * step + 2), NoiseConfig(drop_caption=0.0))
             loss_and_metrics(model(draws.noised, draws.t, text.ids, text.mask, draws.keep), tokens, draws, 0.1)[0].backward()
             for optimizer in optimizers:
                 optimizer.step()
