@@ -41,15 +41,15 @@ class DemoConfig:
     """Generated scenes."""
     vqgan_steps: int = 1100
     """Optimizer steps of the VQGAN."""
-    clip_steps: int = 300
+    clip_steps: int = 250
     """Optimizer steps of the small CLIP."""
-    train_steps: int = 1400
+    train_steps: int = 1300
     """Optimizer steps of the U-Net."""
     num_prompts: int = 256
     """Pictures to generate at the end; the first 64 make the contact sheet."""
 
 
-EXPECTED_S = {"images": 10, "vqgan": 230, "clip": 60, "tokens": 35, "train": 800, "pictures": 55, "report": 10}
+EXPECTED_S = {"images": 10, "vqgan": 220, "clip": 60, "tokens": 45, "train": 760, "pictures": 55, "report": 10}
 """Seconds of each stage on 2 cores, for the estimate of the time left."""
 
 
