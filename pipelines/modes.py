@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from paella import command_line, edits
@@ -95,7 +96,7 @@ def unconditional(make: Maker) -> Sheet:
 
 def inpainting(make: Maker) -> Sheet:
     mask = make.half()
-    made = make(edits.inpaint, make.source, mask, make.prompt)
+    made = make(edits.inpaint, make.source, mask, make.other)
     hidden = torch.where(mask, 0.5, make.source)
     pasted = edits.paste(make.source, made, mask, feather=4)
     return [("source", make.source), ("mask", hidden), ("made anew", made), ("pasted into the source", pasted)]
@@ -103,7 +104,7 @@ def inpainting(make: Maker) -> Sheet:
 
 def outpainting(make: Maker) -> Sheet:
     width = make.source.shape[2]
-    wide = make(edits.outpaint, make.source, (0, width, 0, 0), make.prompt)
+    wide = make(edits.outpaint, make.source, (0, width, 0, 0), make.other)
     return [("source", wide[..., :width]), ("continued", wide[..., width:])]
 
 
@@ -131,7 +132,11 @@ def interpolation(make: Maker) -> Sheet:
 def other_sizes(make: Maker) -> Sheet:
     side, multiple = make.bundle.config.image_size, make.bundle.config.size_multiple
     low = max(multiple, side // 2 // multiple * multiple)
-    return [(f"{side}x{low}", make(edits.text_to_image, make.prompt, size=(side, low)))]
+    cells = []
+    for width, height in ((2 * side, side), (side, low), (low, side)):
+        made = make(edits.text_to_image, make.other, size=(width, height))
+        cells.append((f"{width}x{height}", F.pad(made, (0, 2 * side - width, 0, side - height), value=1.0)))  # cells are alike
+    return cells
 
 
 def negative_prompt(make: Maker) -> Sheet:

