@@ -121,7 +121,8 @@ def s3_server(tmp_path_factory) -> Iterator[dict[str, str]]:
     (root / "s3.json").write_text(json.dumps({"identities": [identity]}))
     master, volume, filer, s3 = free_ports(4)
     command = [
-        Path(sys.executable).with_name("weed"), "server", f"-dir={root}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-master.port={master}",
+        Path(sys.executable).with_name("weed"), "server",
+        f"-dir={root}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-master.port={master}",
         f"-volume.port={volume}",
         "-filer", f"-filer.port={filer}", "-s3", f"-s3.port={s3}", f"-s3.config={root}/s3.json", "-volume.max=20",
         "-master.volumeSizeLimitMB=64",
