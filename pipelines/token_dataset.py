@@ -144,6 +144,8 @@ class TokenDataset:
 
         With CLIP embeddings if asked for; raises ValueError where there are none.
         """
+        if clip:
+            self.require_clip()
         columns = ["id", "tokens", "caption", *(CLIP_COLUMNS if clip else ())]
         for table in self._slices(columns, seed, global_batch_size, rank, world_size, start_step):
             yield self._to_batch(table, clip)
@@ -152,6 +154,7 @@ class TokenDataset:
         self, *, seed: int, global_batch_size: int, rank: int = 0, world_size: int = 1, start_step: int = 0
     ) -> Iterator[ClipBatch]:
         """The CLIP embeddings of the same rows in the same order as `batches`. Raises ValueError where there are none."""
+        self.require_clip()
         for table in self._slices(["id", *CLIP_COLUMNS], seed, global_batch_size, rank, world_size, start_step):
             yield self._to_clip(table)
 

@@ -6,7 +6,7 @@ import torch.multiprocessing as mp
 
 from paella.config import PRESETS
 from paella.parallel import gathered, shard
-from paella.training import TextToTokens
+from paella.training import Keep, TextToTokens
 
 
 def _worker(rank: int, file: str) -> None:
@@ -23,7 +23,8 @@ def _worker(rank: int, file: str) -> None:
     whole.bfloat16()
     tokens, t = torch.randint(512, (2, 16, 16)), torch.tensor([0.40507, 0.9171])
     text = whole.text.tokenize(["a small red circle", "blue"])
-    inputs = (tokens, t, text.ids, text.mask, torch.tensor([True, False]))
+    some = torch.tensor([True, False])
+    inputs = (tokens, t, text.ids, text.mask, Keep(some, some, some))
     with torch.no_grad():
         expected = whole(*inputs)
         assert torch.equal(model(*inputs), expected), "noise levels must reach the model unrounded"
