@@ -14,7 +14,7 @@ from ray import serve as ray_serve
 
 from paella import command_line
 from paella.bundle import load_bundle
-from serve.app import Arguments, build
+from serve.app import Arguments, app
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ def run(config: ServeConfig) -> None:
         raise ValueError(f"{error}; `make demo` makes a model") from error
     ray.init(address="local", num_cpus=4, log_to_driver=False)
     ray_serve.start(http_options={"host": "127.0.0.1", "port": config.port})
-    ray_serve.run(build(Arguments(model=model)), name="paella")
+    ray_serve.run(app(Arguments(model=model)), name="paella")
     address = f"http://127.0.0.1:{config.port}"
     print(f"serving {config.model} at {address}  (Ctrl-C ends it)", flush=True)
     print(
