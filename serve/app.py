@@ -64,6 +64,15 @@ def app(arguments: Arguments) -> ray_serve.Application:
     return ingress.bind(engines, first, arguments.timeout_s)
 
 
+def threads() -> dict[str, str]:
+    """Environment of a replica's threads, whatever share of the machine Ray books for it.
+
+    As many as the library uses: in float32 another number rounds otherwise. And threads that wait must not spin: they would take
+    the cores from the pass beside them.
+    """
+    return {"OMP_NUM_THREADS": str(torch.get_num_threads()), "OMP_WAIT_POLICY": "passive"}
+
+
 def _engine(arguments: Arguments, name: str, uri: str) -> ray_serve.Application:
     gpus = arguments.num_gpus if arguments.num_gpus is not None else float(torch.cuda.is_available())
     shared = arguments.model_dump(include={"dtype", "max_queued_images", "max_batch_images", "min_batch_images"})
@@ -72,12 +81,7 @@ def _engine(arguments: Arguments, name: str, uri: str) -> ray_serve.Application:
         Generator,
         name=f"engine-{name}",
         user_config=settings.model_dump(),
-        # threads that wait must not spin: they would take the cores from those that work
-        ray_actor_options={
-            "num_cpus": arguments.num_cpus,
-            "num_gpus": gpus,
-            "runtime_env": {"env_vars": {"OMP_WAIT_POLICY": "passive"}},
-        },
+        ray_actor_options={"num_cpus": arguments.num_cpus, "num_gpus": gpus, "runtime_env": {"env_vars": threads()}},
         max_ongoing_requests=10_000,
         health_check_period_s=2,
         health_check_timeout_s=30,
