@@ -141,7 +141,7 @@ class Generator:
                     raise QueueFull(engine.wait_s())
                 planned: Plan = await asyncio.get_running_loop().run_in_executor(engine.preparing, plan, engine.bundle, order)
                 ticket = engine.submit(planned.tasks)
-                yield self._accepted(order, planned)
+                yield self._accepted(order, planned, engine.bundle.digest)
                 async for event in ticket:
                     if event.error is not None:
                         raise event.error
@@ -167,7 +167,7 @@ class Generator:
         for _ in range(number):
             self.metrics.image(order.mode, outcome)
 
-    def _accepted(self, order: Order, planned: Plan) -> dict[str, Any]:
+    def _accepted(self, order: Order, planned: Plan, digest: str) -> dict[str, Any]:
         width, height = planned.size
         return {
             "kind": "accepted",
@@ -175,7 +175,7 @@ class Generator:
             "output_tokens": planned.tokens,
             "input_tokens": input_tokens(order),
             "warnings": planned.warnings,
-            "digest": self._engine.bundle.digest,
+            "digest": digest,
         }
 
 
