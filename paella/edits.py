@@ -51,17 +51,24 @@ def blend(
     weights: Sequence[float],
     prompt: str = "",
     *,
+    text_weight: float = 1.0,
     seed: int,
     size: Size | None = None,
     negative_prompt: str | None = None,
     config: SamplingConfig = MODEL_CARD,
 ) -> Canvas:
-    """A picture of several images and a text: each image adds its conditioning tokens, whose attention its weight scales."""
+    """A picture of several images and a text: each image adds its conditioning tokens, whose attention its weight scales.
+
+    `text_weight` scales the attention to the tokens of the text.
+    """
     if len(images) != len(weights) or not images:
         raise ValueError(f"{len(images)} images need as many weights, at least one, but there are {len(weights)} weights")
     embeddings = bundle.clip_image_embeddings(images)[None]  # (1,M,D)
     conditions = bundle.conditions(prompt, clip_image=embeddings)
     factors = torch.tensor(weights, device=embeddings.device).repeat_interleave(bundle.config.unet.clip_seq_len)
+    if text_weight != 1:
+        of_text = conditions["byt5"].shape[1] + bundle.config.unet.clip_seq_len * ("clip" in conditions)
+        factors = torch.cat([torch.full((of_text,), text_weight, device=factors.device), factors])
     negative = bundle.negative(conditions, negative_prompt)
     return bundle.canvas({**conditions, "attn_weights": factors}, negative, size=size, seed=seed, config=config)
 

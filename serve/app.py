@@ -1,146 +1,101 @@
-"""The Ray Serve application: an HTTP ingress in front of a deployment that holds the model.
+"""The Ray Serve application: an HTTP ingress in front of one deployment for each model.
 
-    serve run serve.app:build model=/path/to/bundle
-
-One request is sampled at a time; mixing requests into one running batch comes later.
+serve run serve.app:app                                          # the demo's model
+serve run serve.app:app model=s3://bucket/bundle max_replicas=4
+serve deploy serve/config.yaml                                   # all of it in a file
 """
 
-import asyncio
-import base64
-import io
-import secrets
-import time
-import uuid
+from __future__ import annotations
+
 from pathlib import Path
+from typing import Literal
 
 import torch
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
-from PIL import Image
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 from ray import serve as ray_serve
-from ray.serve.handle import DeploymentHandle
-from starlette.exceptions import HTTPException
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from paella.bundle import load_bundle
-from paella.images import to_uint8
-from paella.sampler import MAX_SEED, SamplingConfig
-from serve.schemas import GenerationRequest, error_body
+from serve.ingress import Ingress
+from serve.replica import EngineSettings, Generator
 
-PAGE = Path(__file__).parent / "page" / "index.html"
+DEMO = "runs/demo/train/model"
 
 
 class Arguments(BaseModel):
-    """Arguments of `build`."""
+    """Arguments of `app`. The defaults suit one CPU, and a GPU for each replica where there are any."""
 
-    model: str
+    model_config = ConfigDict(extra="forbid")
 
-
-@ray_serve.deployment(ray_actor_options={"num_cpus": 1, "num_gpus": 1 if torch.cuda.is_available() else 0})
-class Generator:
-    """Holds the model. Sampling runs on a thread, one request at a time, so that the replica always answers."""
-
-    def __init__(self, model: str) -> None:
-        self.bundle = load_bundle(model, "cuda" if torch.cuda.is_available() else "cpu")
-        self.lock = asyncio.Lock()
-
-    def describe(self) -> dict:
-        return {"image_size": self.bundle.config.image_size, "digest": self.bundle.digest}
-
-    async def generate(self, request: GenerationRequest, seed: int) -> dict:
-        """Images of a request; a size that the model cannot make comes back as {"error": …}."""
-        width, height = request.pixels(self.bundle.config.image_size)
-        try:
-            rows, columns = self.bundle.config.grid(width, height)
-        except ValueError as error:
-            return {"error": str(error)}
-        seeds = [(seed + index) % (MAX_SEED + 1) for index in range(request.n)]
-        async with self.lock:
-            images = await asyncio.to_thread(self._sample, request, seeds, (width, height))
-        data = [{"b64_json": image, "seed": number} for image, number in zip(images, seeds, strict=True)]
-        return {"data": data, "size": f"{width}x{height}", "output_tokens": rows * columns * request.n}
-
-    def _sample(self, request: GenerationRequest, seeds: list[int], size: tuple[int, int]) -> list[str]:
-        scale = request.guidance_scale
-        sampling = SamplingConfig(num_inference_steps=request.num_inference_steps, cfg=(scale, scale), temperature=(1.0, 0.3))
-        tokens = self.bundle.generate_tokens([request.prompt] * request.n, seeds, size=size, sampling=sampling)
-        return [_base64_png(image) for image in to_uint8(self.bundle.decode(tokens))]
+    model: str = DEMO
+    """Bundle: directory, URI or models:/name@alias."""
+    name: str | None = None
+    """What requests call the model; by default the last part of its address."""
+    models: dict[str, str] = Field(default_factory=dict)
+    """Further bundles, by the names that requests choose them by."""
+    dtype: Literal["auto", "float32", "bf16"] = "auto"
+    """Of the networks; see `EngineSettings`."""
+    min_replicas: int = Field(default=1, ge=0)
+    max_replicas: int = Field(default=1, ge=1)
+    """Of each model."""
+    target_images: int = Field(default=16, ge=1)
+    """Images per replica, waiting and under way, above which another replica is started."""
+    max_queued_images: int = Field(default=64, ge=1)
+    """Images per replica that wait for their first step; more are refused with 429."""
+    max_batch_images: int = Field(default=32, ge=1)
+    """Images per replica in one step at most."""
+    min_batch_images: int = Field(default=4, ge=1)
+    num_cpus: float = Field(default=1, ge=0)
+    num_gpus: float | None = Field(default=None, ge=0)
+    """Per replica; by default 1 where this machine has a GPU."""
+    ingress_replicas: int = Field(default=1, ge=1)
+    timeout_s: float = Field(default=300, gt=0)
+    """For requests that set none."""
 
 
-def _base64_png(image) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+def app(arguments: Arguments) -> ray_serve.Application:
+    """The application. Raises ValueError for two models of one name."""
+    first = arguments.name or Path(arguments.model).name or "paella"
+    if first in arguments.models:
+        raise ValueError(f"two models are called {first}: give `name`")
+    engines = {name: _engine(arguments, name, uri) for name, uri in {first: arguments.model, **arguments.models}.items()}
+    ingress = ray_serve.deployment(
+        Ingress, name="ingress", num_replicas=arguments.ingress_replicas, max_ongoing_requests=10_000, max_queued_requests=-1
+    )
+    return ingress.bind(engines, first, arguments.timeout_s)
 
 
-api = FastAPI(title="paella-ray", version="1")
+def threads() -> dict[str, str]:
+    """Environment of a replica's threads, whatever share of the machine Ray books for it.
+
+    As many as the library uses: in float32 another number rounds otherwise. And threads that wait must not spin: they would take
+    the cores from the pass beside them.
+    """
+    return {"OMP_NUM_THREADS": str(torch.get_num_threads()), "OMP_WAIT_POLICY": "passive"}
 
 
-# handlers come before the ingress, which takes the application as it is when the class is made
-
-
-@api.exception_handler(RequestValidationError)
-async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-    first = error.errors()[0]
-    param = ".".join(str(part) for part in first["loc"][1:]) or None
-    code = "unknown_parameter" if first["type"] == "extra_forbidden" else "invalid_value"
-    message = f"unknown parameter {param}" if code == "unknown_parameter" else f"{param}: {first['msg']}"
-    return JSONResponse(error_body(message, code, param), 400)
-
-
-@api.exception_handler(HTTPException)
-async def _http(_: Request, error: HTTPException) -> JSONResponse:
-    return JSONResponse(error_body(str(error.detail), "invalid_value", None), error.status_code)
-
-
-@api.middleware("http")
-async def _request_id(request: Request, call_next):
-    response = await call_next(request)
-    response.headers["x-request-id"] = request.headers.get("x-request-id", uuid.uuid4().hex)
-    return response
-
-
-@ray_serve.deployment(max_ongoing_requests=200)
-@ray_serve.ingress(api)
-class Ingress:
-    """HTTP: validation, OpenAI's shapes of answers and errors."""
-
-    def __init__(self, generator: DeploymentHandle, name: str) -> None:
-        self.generator = generator
-        self.name = name
-
-    @api.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def page(self) -> str:
-        return PAGE.read_text()
-
-    @api.get("/health/live")
-    async def live(self) -> dict:
-        return {"status": "ok"}
-
-    @api.get("/health/ready")
-    async def ready(self) -> dict:
-        return {"status": "ok", **await self.generator.describe.remote()}
-
-    @api.get("/v1/models")
-    async def models(self) -> dict:
-        return {"object": "list", "data": [{"id": self.name, "object": "model", "created": 0, "owned_by": "paella-ray"}]}
-
-    @api.post("/v1/images/generations")
-    async def generations(self, request: GenerationRequest) -> JSONResponse:
-        if request.model not in (None, self.name):
-            return JSONResponse(error_body(f"there is no model {request.model}", "model_not_found", "model"), 404)
-        seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
-        result = await self.generator.generate.remote(request, seed)
-        if "error" in result:
-            return JSONResponse(error_body(result["error"], "invalid_value", "size"), 400)
-        tokens = result.pop("output_tokens")
-        usage = {"input_tokens": 0, "output_tokens": tokens, "total_tokens": tokens}
-        answer = {"id": f"img-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name, "output_format": "png"}
-        return JSONResponse({**answer, **result, "usage": usage})
-
-
-def build(arguments: Arguments) -> ray_serve.Application:
-    """The application for one bundle."""
-    name = Path(arguments.model).name or "paella"
-    return Ingress.bind(Generator.bind(arguments.model), name)
+def _engine(arguments: Arguments, name: str, uri: str) -> ray_serve.Application:
+    gpus = arguments.num_gpus if arguments.num_gpus is not None else float(torch.cuda.is_available())
+    shared = arguments.model_dump(include={"dtype", "max_queued_images", "max_batch_images", "min_batch_images"})
+    settings = EngineSettings(model=uri if ":/" in uri else str(Path(uri).absolute()), name=name, **shared)
+    deployment = ray_serve.deployment(
+        Generator,
+        name=f"engine-{name}",
+        user_config=settings.model_dump(),
+        ray_actor_options={"num_cpus": arguments.num_cpus, "num_gpus": gpus, "runtime_env": {"env_vars": threads()}},
+        max_ongoing_requests=10_000,
+        health_check_period_s=2,
+        health_check_timeout_s=30,
+        graceful_shutdown_wait_loop_s=1,
+        graceful_shutdown_timeout_s=arguments.timeout_s,
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=arguments.min_replicas,
+            max_replicas=arguments.max_replicas,
+            target_ongoing_requests=arguments.target_images,
+            upscale_delay_s=5,
+            downscale_delay_s=120,
+            look_back_period_s=10,
+            metrics_interval_s=2,
+            policy=AutoscalingPolicy(policy_function="serve.replica:scale_on_images"),
+        ),
+    )
+    return deployment.bind()

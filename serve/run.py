@@ -5,6 +5,7 @@ python -m serve.run --model runs/demo/train/model
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from ray import serve as ray_serve
 
 from paella import command_line
 from paella.bundle import load_bundle
-from serve.app import Arguments, build
+from serve.app import Arguments, app
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,19 @@ class ServeConfig:
     model: str = "runs/demo/train/model"
     """Bundle: directory, URI or models:/name@alias."""
     port: int = 8000
-    """Port on the loopback interface."""
+    """Port to listen at."""
+    host: str = "127.0.0.1"
+    """Address to listen at; others than loopback need API keys, in PAELLA_API_KEYS."""
+    max_queued_images: int = 64
+    """Images that may wait; more are refused with 429."""
+
+    def __post_init__(self) -> None:
+        if self.max_queued_images < 1:
+            raise ValueError(f"max_queued_images={self.max_queued_images} is not allowed: an integer of at least 1")
+        if self.host not in ("127.0.0.1", "localhost", "::1") and not os.environ.get("PAELLA_API_KEYS", "").strip(" ,"):
+            raise ValueError(
+                f"host={self.host!r} is not allowed without API keys: set PAELLA_API_KEYS to some, separated by commas"
+            )
 
 
 def run(config: ServeConfig) -> None:
@@ -35,9 +48,9 @@ def run(config: ServeConfig) -> None:
     except ValueError as error:
         raise ValueError(f"{error}; `make demo` makes a model") from error
     ray.init(address="local", num_cpus=4, log_to_driver=False)
-    ray_serve.start(http_options={"host": "127.0.0.1", "port": config.port})
-    ray_serve.run(build(Arguments(model=model)), name="paella")
-    address = f"http://127.0.0.1:{config.port}"
+    ray_serve.start(http_options={"host": config.host, "port": config.port})
+    ray_serve.run(app(Arguments(model=model, max_queued_images=config.max_queued_images)), name="paella")
+    address = f"http://{config.host}:{config.port}"
     print(f"serving {config.model} at {address}  (Ctrl-C ends it)", flush=True)
     print(
         f"""  curl {address}/v1/images/generations -H 'content-type: application/json' -d '{{"prompt": "a red circle"}}'""",

@@ -1,0 +1,248 @@
+"""What mixing every request into one running batch is worth: the server against the same server with one request at a time, and
+against `@serve.batch` with whole requests.
+
+    python benchmarks/serving.py                  # tiny with random weights, about five minutes
+    python benchmarks/serving.py --seconds 5
+
+Closed loop: 8 clients that ask again as soon as they have their picture. Open loop: Poisson arrivals at 80 % of what one request
+at a time can do, of 4, 12 and 24 steps, pictures and edits, two sizes; the same arrivals for all three. Pictures are float32 and
+the same, bit for bit. The last line is one JSON object. (Not called serve.py: as a script it would hide the package.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import io
+import json
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import ray
+import torch
+from PIL import Image
+from ray import serve as ray_serve
+
+from paella import edits
+from paella.bundle import load_bundle, save_bundle
+from paella.conditioning import TextEncoders
+from paella.config import PRESETS
+from paella.sampler import SamplingConfig, sample
+from paella.unet import Paella
+from paella.vqgan import VQModel
+from serve.app import Arguments, app, threads
+from serve.ingress import Ingress
+from serve.modes import plan
+from serve.replica import EngineSettings, Generator
+
+PORT = 8437
+
+
+class OneAtATime(Generator):
+    """The same engine, which has one request at a time: the next one waits for its answer."""
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        await super().reconfigure(user_config)
+        self.turn = asyncio.Lock()
+
+    async def stream(self, order):
+        async with self.turn:
+            async for event in super().stream(order):
+                yield event
+
+
+class WholeRequests(Generator):
+    """`@serve.batch`: up to 8 requests are sampled together from first to last step; the next ones wait until all are done."""
+
+    async def generate(self, order):
+        return await self.batched(order)
+
+    @ray_serve.batch(max_batch_size=8, batch_wait_timeout_s=0.02)
+    async def batched(self, orders):
+        return await asyncio.gather(*(super(WholeRequests, self).generate(order) for order in orders))
+
+
+def build_bundle(path: Path) -> str:
+    torch.manual_seed(0)
+    config = PRESETS["tiny"]
+    unet = Paella(config.unet)
+    for parameter in unet.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    weights = {"unet": unet.state_dict(), "vqgan": VQModel(config.vqgan).state_dict()}
+    save_bundle(path, config, weights, "random weights", TextEncoders.create(config.text))
+    return str(path)
+
+
+def deployed(model: str, kind: type) -> None:
+    """Serve a bundle by one of the three ways, in place of what was served before."""
+    if kind is Generator:
+        application = app(Arguments(model=model, name="tiny", max_queued_images=1000))
+    else:
+        settings = EngineSettings(model=model, name="tiny", max_queued_images=1000)
+        environment = {"env_vars": threads() | ({"OMP_WAIT_POLICY": "active"} if kind is OneAtATime else {})}  # the best for each
+        engine = ray_serve.deployment(
+            kind,
+            name="engine-tiny",
+            user_config=settings.model_dump(),
+            max_ongoing_requests=10_000,
+            ray_actor_options={"num_cpus": 1, "runtime_env": environment},
+        ).bind()
+        application = ray_serve.deployment(Ingress, name="ingress", max_ongoing_requests=10_000).bind(
+            {"tiny": engine}, "tiny", 600
+        )
+    ray_serve.run(application, name="paella")
+
+
+def requests(number: int, seed: int, mixed: bool) -> list[tuple[str, dict]]:
+    """Requests of a run: text to image of 12 steps, or everything mixed."""
+    import base64
+
+    rng, made = random.Random(seed), []
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(buffer, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    for index in range(number):
+        fields: dict[str, Any] = {"prompt": f"a red circle and a blue square, number {index}", "seed": index}
+        if not mixed:
+            made.append(("generations", fields))
+        elif rng.random() < 0.3:
+            made.append(("edits", fields | {"image": url, "num_inference_steps": rng.choice((4, 12, 24))}))
+        else:
+            size = rng.choice(("64x64", "64x32"))
+            made.append(("generations", fields | {"size": size, "num_inference_steps": rng.choice((4, 12, 24))}))
+    return made
+
+
+async def ask(session: aiohttp.ClientSession, request: tuple[str, dict]) -> float:
+    began = time.perf_counter()
+    async with session.post(f"http://127.0.0.1:{PORT}/v1/images/{request[0]}", json=request[1]) as answer:
+        assert answer.status == 200, await answer.text()
+        await answer.read()
+    return time.perf_counter() - began
+
+
+async def closed_loop(clients: int, seconds: float) -> dict[str, float]:
+    """Pictures per second and latencies of clients that ask one after the other."""
+    latencies: list[float] = []
+    queue = iter(requests(100_000, 1, mixed=False))
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        for _ in range(3):
+            await ask(session, next(queue))
+        began = time.perf_counter()
+
+        async def client() -> None:
+            while time.perf_counter() - began < seconds:
+                latencies.append(await ask(session, next(queue)))
+
+        await asyncio.gather(*(client() for _ in range(clients)))
+        elapsed = time.perf_counter() - began
+    return summary(latencies, elapsed)
+
+
+async def open_loop(rate: float, seconds: float) -> dict[str, float]:
+    """The same for requests that come when they come."""
+    rng, number = random.Random(2), max(10, round(rate * seconds))
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        began, tasks = time.perf_counter(), []
+        for request in requests(number, 3, mixed=True):
+            await asyncio.sleep(rng.expovariate(rate))
+            tasks.append(asyncio.create_task(ask(session, request)))
+        latencies = await asyncio.gather(*tasks)
+        return summary(list(latencies), time.perf_counter() - began)
+
+
+def summary(latencies: list[float], elapsed: float) -> dict[str, float]:
+    ordered = sorted(latencies)
+    p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
+    return {"images_per_s": len(ordered) / elapsed, "p50_s": statistics.median(ordered), "p99_s": p99, "images": len(ordered)}
+
+
+@torch.inference_mode()
+def library(model: str, seconds: float) -> float:
+    """Median seconds of a picture by the library alone, from a new prompt to pixels."""
+    bundle, took, began = load_bundle(model), [], time.perf_counter()
+    config = SamplingConfig(cfg=(4.0,), temperature=(1.0, 0.3))
+    for index in range(10_000):
+        at = time.perf_counter()
+        canvas = edits.text_to_image(bundle, f"a red circle and a blue square, number {index}", seed=index, config=config)
+        bundle.decode(sample(bundle.unet, [canvas], codebook=bundle.vqgan.vquantizer))
+        if index:  # the first one finds its kernels
+            took.append(time.perf_counter() - at)
+        if time.perf_counter() - began > seconds:
+            break
+    return statistics.median(took)
+
+
+async def engine_alone(model: str, seconds: float) -> float:
+    """Median seconds of a picture by the engine alone, one after the other."""
+    from serve.engine import Engine
+    from serve.modes import Order
+    from serve.schemas import GenerationRequest
+
+    engine, took, began = Engine(load_bundle(model)), [], time.perf_counter()
+    for index in range(10_000):
+        at = time.perf_counter()
+        request = GenerationRequest(prompt=f"a red circle and a blue square, number {index}", seed=index)
+        tasks = plan(engine.bundle, Order(request=request, seed=index, request_id="x", timeout_s=60, trace={})).tasks
+        tasks = [dataclasses.replace(each, finish=lambda picture, preview: b"") for each in tasks]
+        _ = [event async for event in engine.submit(tasks)]
+        if index:  # the first one finds its kernels
+            took.append(time.perf_counter() - at)
+        if time.perf_counter() - began > seconds:
+            break
+    await engine.close()
+    return statistics.median(took)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=20, help="of each run")
+    seconds = parser.parse_args().seconds
+    with tempfile.TemporaryDirectory() as directory:
+        model = build_bundle(Path(directory) / "bundle")
+        alone = {"library": library(model, seconds / 2), "engine": asyncio.run(engine_alone(model, seconds / 2))}
+        ray.init(address="local", num_cpus=4, log_to_driver=False)
+        ray_serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+        results: dict[str, dict[str, dict[str, float]]] = {}
+        rate = 0.0
+        for name, kind in (("one at a time", OneAtATime), ("@serve.batch", WholeRequests), ("ours", Generator)):
+            deployed(model, kind)
+            results[name] = {"closed 8": asyncio.run(closed_loop(8, seconds))}
+            rate = rate or 0.8 * results[name]["closed 8"]["images_per_s"]
+            results[name]["open"] = asyncio.run(open_loop(rate, seconds))
+        results["ours"]["closed 1"] = asyncio.run(closed_loop(1, seconds))
+        ray_serve.shutdown()
+        ray.shutdown()
+    report(alone, results, rate)
+
+
+def report(alone: dict[str, float], results: dict[str, dict[str, dict[str, float]]], rate: float) -> None:
+    ours, single, whole = results["ours"], results["one at a time"], results["@serve.batch"]
+    print(f"\n{'':16} {'closed loop, 8 clients':>34}   {f'open loop, {rate:.1f} requests/s':>34}")
+    print(f"{'':16} {'images/s':>12} {'p50 s':>10} {'p99 s':>10}   {'images/s':>12} {'p50 s':>10} {'p99 s':>10}")
+    for name, runs in results.items():
+        cells = [
+            f"{run['images_per_s']:12.2f} {run['p50_s']:10.3f} {run['p99_s']:10.3f}" for run in (runs["closed 8"], runs["open"])
+        ]
+        print(f"{name:16} {'   '.join(cells)}")
+    ratios = {
+        "throughput_of_one_at_a_time": ours["closed 8"]["images_per_s"] / single["closed 8"]["images_per_s"],
+        "open_p99_of_serve_batch": ours["open"]["p99_s"] / whole["open"]["p99_s"],
+        "engine_speed_of_library_at_concurrency_1": alone["library"] / alone["engine"],
+        "http_and_ray_ms": 1000 * (ours["closed 1"]["p50_s"] - alone["engine"]),
+    }
+    for name, value in ratios.items():
+        print(f"{name:44} {value:8.3f}")
+    print(json.dumps({"ratios": ratios, "seconds_of_an_image": alone, "results": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,374 @@
+"""The engine: every image of every request in one running batch.
+
+A sampling thread takes one step after the other. Between two steps it lets waiting images in and those out that are done,
+cancelled or late. Prompts and images are encoded on a thread of their own, pictures are decoded on another, and the event loop
+only hands things on. Nothing here knows of HTTP or Ray:
+
+    engine = Engine(bundle)
+    ticket = engine.submit([Task(make, encode, steps=12, tokens=256)])
+    async for event in ticket: ...
+    await engine.close()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paella.bundle import Bundle
+from paella.sampler import Canvas, step
+from paella.step_scheduler import StepScheduler, num_tokens
+from serve.knee import Knee
+
+MAX_PREVIEWS_BEHIND = 8
+"""Previews are left out while more pictures than this wait to be decoded."""
+
+
+class QueueFull(Exception):
+    """No room in the queue; `wait_s` is when there is likely to be some."""
+
+    def __init__(self, wait_s: float) -> None:
+        super().__init__(f"the queue is full; try again in {wait_s:.1f} s")
+        self.wait_s = wait_s
+
+
+class Draining(Exception):
+    """The engine takes no new images."""
+
+
+class DeadlineExceeded(Exception):
+    """The deadline passed before the image was done."""
+
+
+class EngineDied(Exception):
+    """The sampling thread has ended by an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Limits of one engine. Images are counted at the model's own size."""
+
+    max_queued_images: int = 64
+    """Images that wait for their first step; more are refused."""
+    min_batch_images: int = 4
+    """Images in the batch however little mixing pays, so that nobody waits for somebody else's last step."""
+    max_batch_images: int = 32
+    """Images in the batch at most; what the memory takes."""
+    lanes: int = 2
+    """On a CPU, passes that run side by side."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_queued_images", "min_batch_images", "max_batch_images", "lanes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not allowed: an integer of at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One image that is wanted."""
+
+    make: Callable[[Bundle], Canvas]
+    """Makes its canvas, on the preparing thread; a ValueError is the client's mistake."""
+    finish: Callable[[Tensor, int | None], bytes]
+    """Picture (3,H,W) in [0,1] → bytes of the answer, on the decoding thread; with the number of a preview, or None."""
+    steps: int
+    tokens: int
+    deadline: float = float("inf")
+    """By time.monotonic()."""
+    num_previews: int = 0
+    label: str = ""
+    """What the trace calls it."""
+    mode: str = ""
+
+
+@dataclass(frozen=True)
+class Event:
+    """What became of an image: `preview` (data, number), `completed` (data) or `failed` (error)."""
+
+    kind: str
+    index: int
+    data: bytes = b""
+    preview: int = 0
+    error: Exception | None = None
+    times: dict[str, float] = field(default_factory=dict)
+    """queue_ms, encode_ms, sample_ms, decode_ms."""
+
+
+@dataclass(eq=False)
+class _Image:
+    """A task on its way through the engine."""
+
+    task: Task
+    index: int
+    ticket: Ticket
+    canvas: Canvas | None = None
+    submitted: float = 0.0
+    marks: dict[str, float] = field(default_factory=dict)
+    previews: dict[int, int] = field(default_factory=dict)  # step → number of the preview behind it
+    over: bool = False
+
+    def gone(self, now: float) -> bool:
+        return self.ticket.cancelled or self.over or now > self.task.deadline
+
+
+class Ticket:
+    """A request's images; iterate over it for their events. Leaving the iteration early cancels what is left."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, number: int) -> None:
+        self.loop, self.open = loop, number
+        self.cancelled = False
+        self.events: asyncio.Queue[Event] = asyncio.Queue()
+
+    def put(self, event: Event) -> None:
+        """From any thread."""
+        try:
+            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+        except RuntimeError:
+            self.cancelled = True  # the loop is closed: nobody listens
+
+    def cancel(self) -> None:
+        """The images leave at the next step."""
+        self.cancelled = True
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        try:
+            while self.open:
+                event = await self.events.get()
+                self.open -= event.kind != "preview"
+                yield event
+        finally:
+            self.cancel()
+
+
+class Engine:
+    """Runs one bundle. `submit` and the tickets belong to one event loop."""
+
+    def __init__(self, bundle: Bundle, config: EngineConfig | None = None) -> None:
+        self.bundle, self.config = bundle, config or EngineConfig()
+        height, width = bundle.config.grid(*bundle.default_size)
+        per_image = height * width
+        self.knee = Knee(self.config.min_batch_images * per_image, self.config.max_batch_images * per_image)
+        self.scheduler = StepScheduler(self.knee.limit)
+        self.trace: deque[dict[str, Any]] = deque(maxlen=10_000)
+        self.images: set[_Image] = set()  # all that are not over
+        self.by_canvas: dict[int, _Image] = {}
+        self.inbox: queue.SimpleQueue[_Image | None] = queue.SimpleQueue()
+        self.lock = threading.Lock()
+        self.step_seconds = 0.05
+        self.rate = 0.0  # tokens and steps per second, of late
+        self.draining = False
+        self.error: BaseException | None = None
+        self.observe: Callable[[str, float, dict[str, str]], None] = lambda name, value, tags: None
+        self.counter = itertools.count()
+        on_cpu = next(bundle.unet.parameters()).device.type == "cpu"
+        threads = torch.get_num_threads()
+
+        def pool(size: int, name: str) -> ThreadPoolExecutor:  # one number of threads everywhere: another rounds otherwise
+            return ThreadPoolExecutor(size, name, initializer=torch.set_num_threads, initargs=(threads,))
+
+        self.lanes = pool(self.config.lanes, "lane") if on_cpu and self.config.lanes > 1 else None
+        self.preparing, self.decoding = pool(1, "prepare"), pool(1, "decode")
+        self.decodes_behind = 0
+        self.thread = threading.Thread(target=self._sample, name="sampling", daemon=True)
+        self.thread.start()
+
+    # what the event loop calls
+
+    def submit(self, tasks: Sequence[Task]) -> Ticket:
+        """Take a request's images in, all or none. Raises QueueFull, Draining or EngineDied."""
+        if self.error is not None or not self.thread.is_alive():
+            raise EngineDied(str(self.error))
+        if self.draining:
+            raise Draining
+        with self.lock:
+            if self.queued + len(tasks) > self.config.max_queued_images:
+                raise QueueFull(self.wait_s())
+            ticket = Ticket(asyncio.get_running_loop(), len(tasks))
+            images = [
+                _Image(task, index, ticket, submitted=time.monotonic(), previews=preview_steps(task.steps, task.num_previews))
+                for index, task in enumerate(tasks)
+            ]
+            self.images |= set(images)
+        for image in images:
+            self.preparing.submit(self._prepare, image)
+        return ticket
+
+    @property
+    def queued(self) -> int:
+        """Images that have not had their first step."""
+        return sum("started" not in image.marks for image in list(self.images))
+
+    @property
+    def running(self) -> int:
+        return len(self.scheduler.running)
+
+    def wait_s(self) -> float:
+        """Seconds until all that is here now is done, by the speed of late."""
+        left = sum(
+            image.task.tokens * (image.task.steps - (image.canvas.step if image.canvas else 0)) for image in list(self.images)
+        )
+        return left / self.rate if self.rate else 1.0
+
+    def check(self) -> None:
+        """Raises EngineDied if images would wait for ever."""
+        if self.error is not None or not self.thread.is_alive():
+            raise EngineDied(f"the sampling thread has ended: {self.error}")
+
+    async def close(self) -> None:
+        """Take nothing new, finish what is here, end the threads."""
+        self.draining = True
+        while self.images and self.error is None:
+            await asyncio.sleep(0.02)
+        self.inbox.put(None)
+        for pool in (self.preparing, self.decoding, self.lanes):
+            if pool is not None:
+                pool.shutdown(wait=False)
+
+    # the preparing thread
+
+    def _prepare(self, image: _Image) -> None:
+        began = time.monotonic()
+        if image.gone(began):
+            return self._drop(image)
+        try:
+            canvas = image.task.make(self.bundle)
+        except Exception as error:
+            return self._end(image, Event("failed", image.index, error=error))
+        image.marks |= {"encode": time.monotonic() - began, "prepared": time.monotonic()}
+        image.canvas = canvas
+        self.inbox.put(image)
+
+    # the sampling thread
+
+    def _sample(self) -> None:
+        try:
+            while self._receive():
+                self._admit()
+                if self.scheduler.running:
+                    self._step(list(self.scheduler.running))
+        except BaseException as error:
+            self.error = error
+            for image in list(self.images):
+                self._end(image, Event("failed", image.index, error=EngineDied(str(error))))
+            raise
+
+    def _receive(self) -> bool:
+        """New images into the scheduler; waits if there is nothing to do. False to end."""
+        while True:
+            try:
+                image = self.inbox.get(block=not self.scheduler.busy)
+            except queue.Empty:
+                return True
+            if image is None:
+                return False
+            assert image.canvas is not None
+            self.by_canvas[id(image.canvas)] = image
+            self.scheduler.add(image.canvas)
+
+    def _admit(self) -> None:
+        now = time.monotonic()
+        here = [*self.scheduler.running, *self.scheduler.waiting]
+        gone = [canvas for canvas in here if self.by_canvas[id(canvas)].gone(now)]
+        if gone:
+            self.scheduler.remove(gone)
+            for canvas in gone:
+                self._drop(self.by_canvas.pop(id(canvas)))
+        self.scheduler.max_tokens = self.knee.limit
+        for canvas in self.scheduler.admit():
+            self.by_canvas[id(canvas)].marks["started"] = time.monotonic()
+
+    def _step(self, batch: list[Canvas]) -> None:
+        images = [self.by_canvas[id(canvas)] for canvas in batch]
+        taken = [(image.task.label, image.task.mode, canvas.step) for image, canvas in zip(images, batch, strict=True)]
+        began = time.monotonic()
+        self._take(batch)
+        seconds, tokens = time.monotonic() - began, num_tokens(batch)
+        self.knee.observe(tokens, seconds)
+        self.rate = tokens / seconds if not self.rate else 0.9 * self.rate + 0.1 * tokens / seconds
+        self.step_seconds = 0.9 * self.step_seconds + 0.1 * seconds
+        self.trace.append({"step": next(self.counter), "at": began, "seconds": seconds, "images": taken})
+        self.observe("step", seconds, {})
+        self.observe("occupancy", tokens / self.scheduler.max_tokens, {})
+        self.observe("tokens", tokens, {})
+        for image, canvas in zip(images, batch, strict=True):
+            if not canvas.done and canvas.step in image.previews and self.decodes_behind <= MAX_PREVIEWS_BEHIND:
+                self._decode(image, canvas.prediction, image.previews[canvas.step])
+        for canvas in self.scheduler.finished():
+            image = self.by_canvas.pop(id(canvas))
+            image.marks["sampled"] = time.monotonic()
+            self._decode(image, canvas.tokens, None)
+
+    def _take(self, batch: list[Canvas]) -> None:
+        """One step of all; on a CPU in lanes side by side, which changes no picture: there each image has its own pass."""
+        codebook = self.bundle.vqgan.vquantizer
+        if self.lanes is None or len(batch) == 1:
+            step(self.bundle.unet, batch, codebook=codebook)
+            return
+        ordered = sorted(batch, key=lambda canvas: -canvas.tokens.numel())
+        parts = [ordered[lane :: self.config.lanes] for lane in range(self.config.lanes)]
+        others = [self.lanes.submit(step, self.bundle.unet, part, codebook=codebook) for part in parts[1:] if part]
+        step(self.bundle.unet, parts[0], codebook=codebook)
+        for other in others:
+            other.result()
+
+    # the decoding thread
+
+    def _decode(self, image: _Image, tokens: Tensor, preview: int | None) -> None:
+        self.decodes_behind += 1
+        self.decoding.submit(self._deliver, image, tokens, preview).add_done_callback(self._delivered)
+
+    def _delivered(self, future: Future[None]) -> None:
+        self.decodes_behind -= 1
+
+    def _deliver(self, image: _Image, tokens: Tensor, preview: int | None) -> None:
+        began = time.monotonic()
+        if image.gone(began):
+            return self._drop(image) if preview is None else None
+        try:
+            data = image.task.finish(self.bundle.decode(tokens[None])[0], preview)
+        except Exception as error:
+            return self._end(image, Event("failed", image.index, error=error))
+        if preview is not None:
+            return image.ticket.put(Event("preview", image.index, data, preview))
+        marks, done = image.marks, time.monotonic()
+        seconds = {
+            "queue_ms": marks["started"] - image.submitted - marks["encode"],
+            "encode_ms": marks["encode"],
+            "sample_ms": marks["sampled"] - marks["started"],
+            "decode_ms": done - marks["sampled"],
+        }
+        times = {name: round(1000 * value, 3) for name, value in seconds.items()}
+        self._end(image, Event("completed", image.index, data, times=times))
+
+    # from any thread
+
+    def _drop(self, image: _Image) -> None:
+        """An image that nobody waits for any more, or that is late."""
+        late = not image.ticket.cancelled
+        error = DeadlineExceeded("the deadline passed before the image was done") if late else asyncio.CancelledError()
+        self._end(image, Event("failed", image.index, error=error))  # type: ignore[arg-type]
+
+    def _end(self, image: _Image, event: Event) -> None:
+        with self.lock:
+            if image.over:
+                return
+            image.over = True
+            self.images.discard(image)
+        image.ticket.put(event)
+
+
+def preview_steps(steps: int, number: int) -> dict[int, int]:
+    """After which steps the previews of an image are made, evenly spread: {step: number of the preview}."""
+    wanted = sorted({max(1, round(steps * (i + 1) / (number + 1))) for i in range(number)} - {steps})
+    return {step: index for index, step in enumerate(wanted)}

@@ -1,0 +1,222 @@
+"""The engine and its scheduler alone: shared steps, joining and leaving between steps, bounds, nothing left behind."""
+
+import asyncio
+import functools
+import random
+import threading
+
+import pytest
+import torch
+
+from paella import edits
+from paella.bundle import load_bundle
+from paella.sampler import SamplingConfig, sample, step
+from paella.step_scheduler import StepScheduler
+from serve.engine import DeadlineExceeded, Draining, Engine, EngineConfig, EngineDied, QueueFull, Task, preview_steps
+from serve.knee import Knee
+
+
+@pytest.fixture(scope="module")
+def bundle(clip_bundle):
+    return load_bundle(str(clip_bundle))
+
+
+def canvas(bundle, prompt="x", *, seed=0, steps=4, size=None):
+    config = SamplingConfig(num_inference_steps=steps)
+    return edits.text_to_image(bundle, prompt, seed=seed, size=size, config=config)
+
+
+def task(bundle, *, seed=0, steps=4, size=(64, 64), label="", make=None, **more):
+    """A picture's bytes are here those of its decoded pixels."""
+    made = make or functools.partial(canvas, prompt="x", seed=seed, steps=steps, size=size)
+    finish = lambda picture, preview: picture.numpy().tobytes()  # noqa: E731
+    return Task(make=made, finish=finish, steps=steps, tokens=size[0] * size[1] // 16, label=label, **more)
+
+
+async def all_of(ticket):
+    return [event async for event in ticket]
+
+
+def with_engine(bundle, run, **config):
+    """Run a coroutine with an engine; behind it there are no images and no threads of the engine's left."""
+
+    async def body():
+        engine = Engine(bundle, EngineConfig(**config))
+        try:
+            return await asyncio.wait_for(run(engine), 120)
+        finally:
+            await asyncio.wait_for(engine.close(), 60)
+            assert not engine.images and not engine.by_canvas
+            engine.thread.join(10)
+            assert not engine.thread.is_alive()
+
+    return asyncio.run(body())
+
+
+def test_scheduler_is_fair_and_bounded(bundle):
+    scheduler = StepScheduler(max_tokens=600)
+    first = [canvas(bundle, steps=2, seed=seed) for seed in range(2)]
+    large, small = canvas(bundle, steps=1, size=(128, 128)), canvas(bundle, steps=1, size=(32, 32))
+    for each in (*first, large, small):
+        scheduler.add(each)
+    assert scheduler.admit() == first  # the large one does not fit, and nobody overtakes it
+    finished = []
+    while scheduler.busy:
+        scheduler.admit()
+        step(bundle.unet, scheduler.running)
+        finished += scheduler.finished()
+    assert finished == [*first, large, small]
+
+
+def test_scheduler_forgets(bundle):
+    scheduler, images = StepScheduler(max_tokens=256), [canvas(bundle, seed=seed) for seed in range(3)]
+    for each in images:
+        scheduler.add(each)
+    scheduler.admit()
+    scheduler.remove(images[:2])
+    assert scheduler.admit() == images[2:]
+
+
+def test_knee():
+    clock = [0.0]
+    knee = Knee(2, 16, clock=lambda: clock[0])
+    assert knee.limit == 16
+    for tokens, seconds in ((2, 1.0), (4, 1.0), (8, 2.0)):  # 2, 4 and 4 a second
+        knee.observe(tokens, seconds)
+    assert knee.limit == 4
+    clock[0] = 61.0
+    assert knee.limit == 16
+
+
+def test_previews_are_spread():
+    assert preview_steps(12, 3) == {3: 0, 6: 1, 9: 2}
+    assert preview_steps(1, 3) == {}
+    assert preview_steps(2, 3) == {1: 0}
+
+
+def test_all_modes_and_sizes_share_steps(bundle):
+    """A long request runs; a short one of another mode joins at the next step, and is done first."""
+    image, mask = torch.rand(3, 64, 64), torch.zeros(64, 64, dtype=torch.bool)
+    mask[:, 32:] = True
+
+    async def run(engine):
+        long = engine.submit([task(bundle, steps=60, label="long", mode="text-to-image")])
+        while engine.running == 0 or engine.trace == []:
+            await asyncio.sleep(0.001)
+        paint = functools.partial(
+            edits.inpaint, image=image, mask=mask, prompt="y", seed=1, config=SamplingConfig(num_inference_steps=4)
+        )
+        joined = engine.submit([task(bundle, steps=4, label="joined", mode="inpaint", make=paint)])
+        wide = engine.submit([task(bundle, steps=4, size=(32, 64), label="wide", mode="text-to-image")])
+        await asyncio.gather(all_of(joined), all_of(wide))
+        assert engine.images  # the long one is still there
+        await all_of(long)
+        return list(engine.trace)
+
+    trace = with_engine(bundle, run)
+    shared = [[label for label, _, _ in row["images"]] for row in trace]
+    steps_of = {
+        name: [number for row in trace for label, _, number in row["images"] if label == name]
+        for name in ("long", "joined", "wide")
+    }
+    assert steps_of == {"long": [*range(60)], "joined": [*range(4)], "wide": [*range(4)]}
+    for name in ("joined", "wide"):
+        rows = [index for index, labels in enumerate(shared) if name in labels]
+        assert rows == [*range(rows[0], rows[0] + 4)]  # no step is missed
+        assert all("long" in shared[index] for index in rows)
+        assert 0 < rows[0] < 55
+
+
+def test_pictures_are_those_of_sample(bundle):
+    wanted = [canvas(bundle, seed=seed, steps=3 + seed, size=(64, 64 - 32 * (seed % 2))) for seed in range(6)]
+    expected = [bundle.decode(sample(bundle.unet, [each]))[0].numpy().tobytes() for each in wanted]
+
+    async def run(engine):
+        tasks = [task(bundle, seed=seed, steps=3 + seed, size=(64, 64 - 32 * (seed % 2))) for seed in range(6)]
+        return await asyncio.gather(*(all_of(engine.submit([each])) for each in tasks))
+
+    for events, data in zip(with_engine(bundle, run), expected, strict=True):
+        assert [(event.kind, event.data == data) for event in events] == [("completed", True)]
+
+
+def test_clients_that_go_away_leave_at_the_next_step(bundle):
+    """200 requests of which most are dropped at random; a slot is free within a step, and nothing stays."""
+    rng = random.Random(0)
+
+    async def patient(engine, index):
+        return await all_of(engine.submit([task(bundle, seed=index, steps=3, label="kept")]))
+
+    async def hasty(engine, index):
+        running = asyncio.create_task(all_of(engine.submit([task(bundle, steps=1000, label=f"gone {index}")])))
+        await asyncio.sleep(rng.uniform(0, 0.3))
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+    async def run(engine):
+        before = threading.active_count()
+        kept = await asyncio.gather(*(patient(engine, i) if i % 20 == 0 else hasty(engine, i) for i in range(200)))
+        assert sum(1 for events in kept if events) == 10
+        assert len(asyncio.all_tasks()) <= 2
+        assert threading.active_count() <= before + 6
+        return list(engine.trace)
+
+    trace = with_engine(bundle, run, max_queued_images=300)
+    assert {"kept"} <= {label for row in trace for label, _, _ in row["images"]}
+
+
+def test_a_cancelled_image_takes_no_further_step(bundle):
+    async def run(engine):
+        ticket = engine.submit([task(bundle, steps=1000, label="gone")])
+        while not engine.trace:
+            await asyncio.sleep(0.001)
+        ticket.cancel()
+        at = len(engine.trace)
+        while engine.images:
+            await asyncio.sleep(0.001)
+        return at, len(engine.trace)
+
+    at, end = with_engine(bundle, run)
+    assert end - at <= 1  # the step that was under way when the ticket was cancelled
+
+
+def test_deadlines_bounds_and_mistakes(bundle):
+    def fails(bundle):
+        raise ValueError("no such thing")
+
+    async def run(engine):
+        (late,) = await all_of(engine.submit([task(bundle, steps=1000, deadline=0.0)]))
+        assert isinstance(late.error, DeadlineExceeded)
+        (wrong,) = await all_of(engine.submit([task(bundle, make=fails)]))
+        assert isinstance(wrong.error, ValueError)
+        ticket = engine.submit([task(bundle, seed=seed) for seed in range(4)])
+        with pytest.raises(QueueFull) as full:
+            engine.submit([task(bundle)] * 5)
+        assert full.value.wait_s > 0
+        assert [event.kind for event in await all_of(ticket)] == ["completed"] * 4
+        engine.draining = True
+        with pytest.raises(Draining):
+            engine.submit([task(bundle)])
+
+    with_engine(bundle, run, max_queued_images=4)
+
+
+def test_a_dead_engine_says_so(bundle):
+    """An error in a step ends the engine: those who wait are told, and the health check too."""
+
+    async def run():
+        engine = Engine(bundle)
+        engine.thread.name, threading.excepthook = "sampling", lambda args: None
+        broken = canvas(bundle)
+        broken.tokens = torch.zeros(3, 3, dtype=torch.long)  # a grid that the network refuses
+        (event,) = await all_of(engine.submit([task(bundle, make=lambda bundle: broken)]))
+        assert isinstance(event.error, EngineDied)
+        with pytest.raises(EngineDied):
+            engine.check()
+        with pytest.raises(EngineDied):
+            engine.submit([task(bundle)])
+
+    hook = threading.excepthook
+    try:
+        asyncio.run(run())
+    finally:
+        threading.excepthook = hook
