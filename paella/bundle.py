@@ -131,11 +131,16 @@ class Bundle:
         return self.vqgan.decode_indices(tokens).float().clamp(0, 1)
 
 
-def save_vqgan(path: Path, model: VQModel) -> str:
-    """Write a bundle with a VQGAN alone; returns the VQGAN's digest."""
+def save_vqgan(path: Path, model: VQModel, same_tokens: Sequence[str] = ()) -> str:
+    """Write a bundle with a VQGAN alone; returns the VQGAN's digest.
+
+    Args:
+        same_tokens: digests of VQGANs that make the same tokens: those with another decoder.
+    """
     with new_directory(path, replace=True) as directory:
         digest = save_weights(directory, "vqgan", model.state_dict())
-        write_config(directory, {"vqgan": model.config.to_dict(), "digests": {"vqgan": digest}})
+        values = {"vqgan": model.config.to_dict(), "digests": {"vqgan": digest}}
+        write_config(directory, values | ({"same_tokens": list(same_tokens)} if same_tokens else {}))
     return digest
 
 
@@ -177,6 +182,15 @@ def load_vqgan(uri: str) -> tuple[VQModel, str]:
     except (KeyError, TypeError) as error:
         raise ValueError(f"{uri} holds no VQGAN: its config.json lacks {error}") from error
     return load_weights(lambda: VQModel(config), root, "vqgan", digest), digest
+
+
+def vqgan_digests(uri: str) -> list[str]:
+    """The digest of a bundle's VQGAN, and those of VQGANs that make the same tokens. Raises ValueError where there is none."""
+    _, values = read_config(uri)
+    try:
+        return [values["digests"]["vqgan"], *values.get("same_tokens", [])]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{uri} holds no VQGAN: its config.json lacks {error}") from error
 
 
 def _model(uri: str, values: dict) -> tuple[ModelConfig, dict[str, str]]:

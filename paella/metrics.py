@@ -13,7 +13,11 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
 
 def codebook_use(indices: Tensor, codebook_size: int) -> tuple[float, float]:
     """Share of codes that occur in indices, and the perplexity of their distribution."""
-    share = torch.bincount(indices.flatten(), minlength=codebook_size).double()
-    share /= share.sum()
+    return use_and_perplexity(torch.bincount(indices.flatten(), minlength=codebook_size))
+
+
+def use_and_perplexity(counts: Tensor) -> tuple[float, float]:
+    """Share of codes that occur, and the perplexity of their distribution, from how often each does (K,)."""
+    share = counts.double() / counts.sum()
     entropy = torch.special.entr(share).sum()
     return (share > 0).double().mean().item(), entropy.exp().item()

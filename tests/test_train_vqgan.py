@@ -1,0 +1,238 @@
+"""VQGAN training as a user runs it: losses and logs, kills, several workers, streaming, fine-tuning, collapse, bad input."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL_VQ, assert_one_sentence, checkpointed, killed_when
+from PIL import Image
+from safetensors.torch import load_file
+
+from paella.bundle import load_vqgan, save_vqgan, vqgan_digests
+from paella.images import to_tensor
+from paella.vq_losses import VQLossConfig
+from paella.vqgan import VQModel
+from pipelines import scenes, tracking, train_vqgan
+from pipelines.token_dataset import TokenFormat, require_vqgan
+from pipelines.vq_images import Crop, ImageSet, InMemory, Stream
+
+FULL_LOSS = VQLossConfig(adversarial=0.1, adversarial_warmup=5, r1=0.1, lecam=0.01, discriminator_width=8)
+FULL_FLAGS = [
+    "--loss.adversarial", "0.1", "--loss.adversarial-warmup", "5", "--loss.r1", "0.1", "--loss.lecam", "0.01",
+    "--loss.discriminator-width", "8",
+]  # fmt: skip
+
+
+def small(data: Path, output: Path, **changes) -> train_vqgan.TrainVQConfig:
+    values = {
+        "model": SMALL_VQ, "image_size": 32, "steps": 60, "continuous_steps": 10, "revive_every": 10, "checkpoint_every": 20,
+        "batch_size": 8, "precision": "float32",
+    }  # fmt: skip
+    tiny = train_vqgan.presets()["tiny"]
+    return dataclasses.replace(tiny, data=str(data), output=str(output), **(values | changes))
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "model" / "vqgan.safetensors")
+
+
+def assert_close(a: Path, b: Path, atol: float) -> None:
+    for name, value in weights(a).items():
+        torch.testing.assert_close(value, weights(b)[name], atol=atol, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.fixture(scope="module")
+def whole(ray_session, scene_shards, tmp_path_factory) -> Path:
+    """An undisturbed run on one worker, with every loss but the perceptual one, augmentation and running means as codes."""
+    output = tmp_path_factory.mktemp("vqgan") / "whole"
+    train_vqgan.run(small(scene_shards, output, loss=FULL_LOSS, augment=True, codebook_update="ema"))
+    return output
+
+
+COMMAND = [
+    "tiny", "--model.bottleneck-blocks", "1", "--model.c-hidden", "16", "--model.c-latent", "4", "--model.codebook-size", "32",
+    "--image-size", "32", "--steps", "60", "--continuous-steps", "10", "--revive-every", "10", "--batch-size", "8",
+    "--precision", "float32", "--augment", "--codebook-update", "ema", *FULL_FLAGS,
+]  # fmt: skip
+
+
+def test_losses_and_codebook_are_logged(whole):
+    run = tracking.Run(**json.loads((whole / "mlflow_run.json").read_text()))
+    metrics = run.client().get_run(run.run_id).data.metrics
+    for name in ("l1", "l2", "edges", "quantization", "adversarial", "adversarial_weight", "discriminator", "lecam"):
+        assert np.isfinite(metrics[name]), name
+    assert 0 < metrics["codebook_use"] <= 1
+    assert metrics["perplexity"] > 1
+    assert load_vqgan(str(whole / "model"))[0].config == SMALL_VQ
+
+
+def test_two_workers_give_the_weights_of_one(whole, scene_shards, tmp_path):
+    """Batch norm, discriminator, adaptive weight, running means and revival see the whole batch."""
+    changes = {"loss": FULL_LOSS, "augment": True, "codebook_update": "ema", "num_workers": 2}
+    train_vqgan.run(small(scene_shards, tmp_path / "two", **changes))
+    assert_close(tmp_path / "two", whole, atol=2e-3)
+
+
+def test_killed_and_rerun_gives_the_same_weights(whole, scene_shards, tmp_path):
+    output = tmp_path / "killed"
+    command = [
+        sys.executable, ROOT / "pipelines/train_vqgan.py", *COMMAND, "--data", scene_shards, "--output", output,
+        "--checkpoint-every", "20",
+    ]  # fmt: skip
+    killed_when(command, lambda: checkpointed(output))
+    assert not (output / "report.json").exists(), "the run was over before it was killed"
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    assert "from step 0" not in finished.stdout
+    assert_close(output, whole, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_killed_at_five_random_instants(scene_shards, tmp_path):
+    arguments = [*COMMAND, "--steps", "600", "--checkpoint-every", "60", "--data", scene_shards, "--output"]
+    command = [sys.executable, ROOT / "pipelines/train_vqgan.py", *arguments]
+    subprocess.run([*command, tmp_path / "whole"], check=True, capture_output=True, timeout=600)
+    kills = 0
+    random.seed(time.time_ns())
+    while kills < 5:
+        process = subprocess.Popen(
+            [*command, tmp_path / "killed"], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            assert process.wait(random.uniform(5, 30)) == 0
+            break  # finished between kills
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+    finished = subprocess.run([*command, tmp_path / "killed"], capture_output=True, text=True, timeout=600)
+    assert finished.returncode == 0, finished.stderr
+    assert_close(tmp_path / "killed", tmp_path / "whole", atol=1e-5)
+    print(f"{kills} kills")
+
+
+def test_streamed_images_are_those_of_the_set_in_a_repeatable_order(ray_session, scene_shards):
+    images = ImageSet.find(str(scene_shards), Crop(32, 40, augment=True))
+    stream = Stream(images, seed=3, batch_size=8, part=slice(0, 8))
+    whole = list(stream.batches(0, 24))
+    assert len(whole) == 24
+    assert all(batch.shape == (8, 32, 32, 3) for batch in whole)
+    later = list(stream.batches(7, 24))
+    assert np.array_equal(np.stack(whole[7:]), np.stack(later))
+    halves = [list(dataclasses.replace(stream, part=part).batches(7, 24)) for part in (slice(0, 4), slice(4, 8))]
+    assert all(np.array_equal(np.concatenate(pair), batch) for *pair, batch in zip(*halves, later, strict=True))
+    numbers = stream.numbers(np.arange(len(images.training)))
+    assert sorted(numbers) == sorted(images.training), "an epoch has every training image once"
+    assert not set(numbers) & set(images.held_back)
+
+
+def test_training_on_a_stream(ray_session, scene_shards, tmp_path):
+    config = small(scene_shards, tmp_path / "stream", memory_gb=1e-6, augment=True, steps=40)
+    if os.cpu_count() == 1:
+        pytest.skip("needs two CPUs")
+    train_vqgan.run(config)
+    assert json.loads((tmp_path / "stream" / "report.json").read_text())["psnr"] > 8
+
+
+@pytest.mark.parametrize("quantizer", ["cosine", "fsq", "lfq"])
+def test_other_quantizers_train(ray_session, scene_shards, tmp_path, quantizer):
+    levels = {"fsq": (4, 2, 2, 2)}.get(quantizer, ())
+    model = dataclasses.replace(SMALL_VQ, quantizer=quantizer, fsq_levels=levels, c_latent=5 if quantizer == "lfq" else 4)
+    bundle = train_vqgan.run(small(scene_shards, tmp_path / "run", model=model))
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["psnr"] > 10
+    loaded, _ = load_vqgan(str(bundle))
+    images = torch.rand(1, 3, 32, 32)
+    assert loaded.decode_indices(loaded.encode(images)).shape == images.shape
+
+
+@pytest.fixture(scope="module")
+def thousand(tmp_path_factory) -> np.ndarray:
+    return np.stack(
+        [np.asarray(Image.fromarray(image).resize((32, 32))) for _, image in scenes.scenes(1000, seed=9, held_out=True)]
+    )
+
+
+def test_decoder_only_leaves_the_tokens_of_1000_images_as_they_are(whole, thousand, scene_shards, tmp_path):
+    init = str(whole / "model")
+    bundle = str(train_vqgan.run(small(scene_shards, tmp_path / "tuned", init=init, train="decoder", steps=20)))
+    before, after = load_vqgan(init)[0], load_vqgan(bundle)[0]
+    images = to_tensor(thousand)
+    assert torch.equal(before.encode(images), after.encode(images))
+    assert not torch.equal(before.decode_indices(before.encode(images[:8])), after.decode_indices(after.encode(images[:8])))
+    old, new = vqgan_digests(init)[0], vqgan_digests(bundle)
+    assert new[0] != old
+    tokens = TokenFormat(grid_height=8, grid_width=8, codebook_size=32, vqgan_digest=old)
+    require_vqgan(tokens, new, "the tokens")
+    with pytest.raises(ValueError, match="were made by VQGAN"):
+        require_vqgan(dataclasses.replace(tokens, vqgan_digest="0"), new, "the tokens")
+
+
+def test_all_of_a_bundle_is_trained_on(whole, scene_shards, tmp_path):
+    init = whole / "model"
+    train_vqgan.run(small(scene_shards, tmp_path / "tuned", init=str(init), steps=20, encoder_context=True))
+    before, after = weights(whole), weights(tmp_path / "tuned")
+    assert all(not torch.equal(before[name], after[name]) for name in ("in_block.1.weight", "vquantizer.codebook.weight"))
+    assert vqgan_digests(str(tmp_path / "tuned" / "model"))[1:] == []
+
+
+def test_equal_codes_recover_within_200_steps(ray_session, scene_shards, whole, tmp_path):
+    model = VQModel(dataclasses.replace(SMALL_VQ, codebook_size=256))
+    state = {name: value for name, value in weights(whole).items() if "codebook" not in name}
+    model.load_state_dict(state, strict=False)
+    model.vquantizer.codebook.weight.data.fill_(0.1)
+    save_vqgan(tmp_path / "collapsed", model)
+    train_vqgan.run(small(scene_shards, tmp_path / "run", init=str(tmp_path / "collapsed"), steps=200, revive_every=50))
+    run = tracking.Run(**json.loads((tmp_path / "run" / "mlflow_run.json").read_text()))
+    use = dict(tracking.metric_history(run, "codebook_use"))
+    assert use[50] < 0.05, "it started collapsed"
+    assert use[200] > 0.5, use
+
+
+def test_a_collapse_stops_the_run_and_says_why(ray_session, tmp_path):
+    data = tmp_path / "grey"
+    data.mkdir()
+    for i in range(4):
+        Image.new("RGB", (32, 32), "grey").save(data / f"{i}.png")
+        (data / f"{i}.txt").write_text("grey")
+    config = small(data, tmp_path / "run", steps=400)
+    for _ in range(2):  # a rerun says it again
+        with pytest.raises(ValueError, match="the codebook has collapsed: after .* steps only 3.1% of 32 codes"):
+            train_vqgan.run(config)
+    assert not (tmp_path / "run" / "report.json").exists()
+
+
+def test_images_that_cannot_be_read_give_way(ray_session, tmp_path):
+    for i in range(8):
+        Image.new("RGB", (48, 40), (i * 30, 0, 0)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text("red")
+    (tmp_path / "5.png").write_bytes(b"no image")
+    images = ImageSet.find(str(tmp_path), Crop(32, 40, augment=True))
+    assert len(images.read(images.training)) == 6
+    (batch,) = Stream(images, seed=0, batch_size=14, part=slice(None)).batches(0, 1)
+    assert batch.shape == (14, 32, 32, 3)
+    memory = InMemory(list(images.read(images.training).values()), images.crop, 0, 4)
+    assert memory.batch(0, slice(2, 4), torch.Generator().manual_seed(0)).shape == (2, 32, 32, 3)
+
+
+def test_bad_input(program, scene_shards, vqgan_bundle, tmp_path):
+    data = ("tiny", "--data", scene_shards, "--output", tmp_path / "x")
+    for arguments, words in [
+        (["--train", "decoder"], "train=decoder needs init"),
+        (["--model.quantizer", "fsq"], "fsq_levels"),
+        (["--loss.perceptual", "1"], "perceptual_model"),
+        (["--batch-size", "9", "--num-workers", "2"], "multiple of num_workers=2"),
+        (["--loss.perceptual", "1", "--loss.perceptual-model", tmp_path / "none"], "none"),
+        (["--init", tmp_path / "none"], "there is no directory"),
+    ]:
+        assert_one_sentence(program("train_vqgan", *data, *arguments), words)
+    assert not (tmp_path / "x").exists()
