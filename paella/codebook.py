@@ -94,12 +94,9 @@ class Health(nn.Module):
 
     @torch.no_grad()
     def count(self, indices: Tensor) -> None:
-        """Add a batch's indices of this worker."""
-        self.counts += torch.bincount(indices.flatten(), minlength=len(self.counts))
-
-    def shared_counts(self) -> Tensor:
-        """Counts (K,) over all workers. Every rank must call it."""
-        return (mean_over_workers(self.counts.double()) * num_workers()).round().long()
+        """Add a batch's indices, of all workers. Every rank must call it."""
+        counts = torch.bincount(indices.flatten(), minlength=len(self.counts)).double()
+        self.counts += (mean_over_workers(counts) * num_workers()).round().long()
 
     def collapsed(self, use: float, perplexity: float) -> bool:
         """Note the last counts' use and perplexity; whether they have been poor for too long."""

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_reduce as all_reduce_with_gradient
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.nn.functional import all_reduce as functional_all_reduce  # with gradients
 
 from paella.blocks import AttnBlock, ResBlock
 from paella.prior import PriorBlock
@@ -115,7 +115,7 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         y = x.float()
         local = torch.stack([y.mean((0, 2, 3)), y.square().mean((0, 2, 3))])
-        mean, square = functional_all_reduce(local) / num_workers()
+        mean, square = all_reduce_with_gradient(local, "sum", dist.distributed_c10d._get_default_group()) / num_workers()
         variance = square - mean.square()
         with torch.no_grad():
             count = x.numel() / x.shape[1] * num_workers()

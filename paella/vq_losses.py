@@ -101,11 +101,18 @@ class ClipDistance(nn.Module):
         distances = [(x - y).square().sum(1).mean((1, 2)) for x, y in pairs]
         return torch.stack(distances).mean(0)
 
+    def pixels(self, images: Tensor) -> Tensor:
+        """What the image tower takes of images (B,3,H,W)."""
+        scaled = F.interpolate(images.float(), self.size, mode="bilinear", antialias=True)
+        return (scaled - self.mean) / self.std
+
+    def embed(self, images: Tensor) -> Tensor:
+        """The tower's embeddings (B,D) of images (B,3,H,W)."""
+        return self.clip.encode_image(self.pixels(images)).float()
+
     def features(self, images: Tensor) -> list[Tensor]:
         """Feature maps (B,C,h,w) of unit length in C."""
-        scaled = F.interpolate(images.float(), self.size, mode="bilinear", antialias=True)
-        pixels = (scaled - self.mean) / self.std
-        maps = self.clip.visual.forward_intermediates(pixels, intermediates_only=True)["image_intermediates"]
+        maps = self.clip.visual.forward_intermediates(self.pixels(images), intermediates_only=True)["image_intermediates"]
         return [F.normalize(value.float(), dim=1) for value in maps]
 
 

@@ -116,7 +116,7 @@ def train_worker(arguments: dict) -> None:
         ema.update(vqgan, step)
         done = step + 1
         if indices is not None and done % config.revive_every == 0:
-            counts = trained.health.shared_counts()
+            counts = trained.health.counts.clone()
             use, perplexity = use_and_perplexity(counts)
             moved = 0
             if trained.moves_codes and step < 0.8 * config.steps:  # the last codes to move still need time to settle

@@ -75,13 +75,6 @@ def test_losses_and_codebook_are_logged(whole):
     assert load_vqgan(str(whole / "model"))[0].config == SMALL_VQ
 
 
-def test_two_workers_give_the_weights_of_one(whole, scene_shards, tmp_path):
-    """Batch norm, discriminator, adaptive weight, running means and revival see the whole batch."""
-    changes = {"loss": FULL_LOSS, "augment": True, "codebook_update": "ema", "num_workers": 2}
-    train_vqgan.run(small(scene_shards, tmp_path / "two", **changes))
-    assert_close(tmp_path / "two", whole, atol=2e-3)
-
-
 def test_killed_and_rerun_gives_the_same_weights(whole, scene_shards, tmp_path):
     output = tmp_path / "killed"
     command = [
@@ -135,26 +128,6 @@ def test_streamed_images_are_those_of_the_set_in_a_repeatable_order(ray_session,
     assert not set(numbers) & set(images.held_back)
 
 
-def test_training_on_a_stream(ray_session, scene_shards, tmp_path):
-    config = small(scene_shards, tmp_path / "stream", memory_gb=1e-6, augment=True, steps=40)
-    if os.cpu_count() == 1:
-        pytest.skip("needs two CPUs")
-    train_vqgan.run(config)
-    assert json.loads((tmp_path / "stream" / "report.json").read_text())["psnr"] > 8
-
-
-@pytest.mark.parametrize("quantizer", ["cosine", "fsq", "lfq"])
-def test_other_quantizers_train(ray_session, scene_shards, tmp_path, quantizer):
-    levels = {"fsq": (4, 2, 2, 2)}.get(quantizer, ())
-    model = dataclasses.replace(SMALL_VQ, quantizer=quantizer, fsq_levels=levels, c_latent=5 if quantizer == "lfq" else 4)
-    bundle = train_vqgan.run(small(scene_shards, tmp_path / "run", model=model))
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report["psnr"] > 10
-    loaded, _ = load_vqgan(str(bundle))
-    images = torch.rand(1, 3, 32, 32)
-    assert loaded.decode_indices(loaded.encode(images)).shape == images.shape
-
-
 @pytest.fixture(scope="module")
 def thousand(tmp_path_factory) -> np.ndarray:
     return np.stack(
@@ -177,14 +150,6 @@ def test_decoder_only_leaves_the_tokens_of_1000_images_as_they_are(whole, thousa
         require_vqgan(dataclasses.replace(tokens, vqgan_digest="0"), new, "the tokens")
 
 
-def test_all_of_a_bundle_is_trained_on(whole, scene_shards, tmp_path):
-    init = whole / "model"
-    train_vqgan.run(small(scene_shards, tmp_path / "tuned", init=str(init), steps=20, encoder_context=True))
-    before, after = weights(whole), weights(tmp_path / "tuned")
-    assert all(not torch.equal(before[name], after[name]) for name in ("in_block.1.weight", "vquantizer.codebook.weight"))
-    assert vqgan_digests(str(tmp_path / "tuned" / "model"))[1:] == []
-
-
 def test_equal_codes_recover_within_200_steps(ray_session, scene_shards, whole, tmp_path):
     model = VQModel(dataclasses.replace(SMALL_VQ, codebook_size=256))
     state = {name: value for name, value in weights(whole).items() if "codebook" not in name}
@@ -196,15 +161,17 @@ def test_equal_codes_recover_within_200_steps(ray_session, scene_shards, whole, 
     use = dict(tracking.metric_history(run, "codebook_use"))
     assert use[50] < 0.05, "it started collapsed"
     assert use[200] > 0.5, use
+    assert vqgan_digests(str(tmp_path / "run" / "model"))[1:] == [], "all of it was trained: its tokens are others"
 
 
 def test_a_collapse_stops_the_run_and_says_why(ray_session, tmp_path):
+    """On images that are read as training goes on."""
     data = tmp_path / "grey"
     data.mkdir()
     for i in range(4):
         Image.new("RGB", (32, 32), "grey").save(data / f"{i}.png")
         (data / f"{i}.txt").write_text("grey")
-    config = small(data, tmp_path / "run", steps=400)
+    config = small(data, tmp_path / "run", steps=400, memory_gb=1e-6)
     for _ in range(2):  # a rerun says it again
         with pytest.raises(ValueError, match="the codebook has collapsed: after .* steps only 3.1% of 32 codes"):
             train_vqgan.run(config)
