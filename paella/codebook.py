@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from paella.metrics import use_and_perplexity
 from paella.parallel import gather_rows, mean_over_workers, num_workers
 from paella.quantizers import Codebook
 
@@ -76,10 +77,10 @@ class Health(nn.Module):
     """
 
     EMA_DECAY = 0.99
-    POOR_USE, POOR_PERPLEXITY = 0.05, 0.02
+    POOR_USE, POOR_PERPLEXITY = 0.1, 0.02
     """A smaller share of codes in use, and a smaller perplexity as a share of K: poor."""
     PATIENCE = 8
-    """As many poor counts in a row, in spite of revival, are a collapse."""
+    """As many poor counts in a row, in spite of new starts, are a collapse."""
 
     def __init__(self, size: int, width: int) -> None:
         super().__init__()
@@ -98,10 +99,14 @@ class Health(nn.Module):
         counts = torch.bincount(indices.flatten(), minlength=len(self.counts)).double()
         self.counts += (mean_over_workers(counts) * num_workers()).round().long()
 
-    def collapsed(self, use: float, perplexity: float) -> bool:
-        """Note the last counts' use and perplexity; whether they have been poor for too long."""
-        poor = use < self.POOR_USE and perplexity < max(2.0, self.POOR_PERPLEXITY * len(self.counts))
-        self.poor = (self.poor + 1) * int(poor)
+    def is_poor(self, counts: Tensor) -> bool:
+        """Whether next to nothing of the codebook is in use, by counts (K,)."""
+        use, perplexity = use_and_perplexity(counts)
+        return use < self.POOR_USE and perplexity < max(3.0, self.POOR_PERPLEXITY * len(counts))
+
+    def collapsed(self) -> bool:
+        """Note the counts, and whether they have been poor for too long."""
+        self.poor = (self.poor + 1) * int(self.is_poor(self.counts))
         return self.poor.item() >= self.PATIENCE
 
     @torch.no_grad()

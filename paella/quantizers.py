@@ -126,7 +126,8 @@ class LookupFree(Codebook):
 
 
 def _bits(chance: Tensor) -> Tensor:
-    """Entropy of a bit in nats."""
+    """Entropy of a bit in nats; its gradient is infinite where the bit is certain."""
+    chance = chance.clamp(1e-6, 1 - 1e-6)
     return torch.special.entr(chance) + torch.special.entr(1 - chance)
 
 

@@ -116,16 +116,19 @@ def train_worker(arguments: dict) -> None:
         ema.update(vqgan, step)
         done = step + 1
         if indices is not None and done % config.revive_every == 0:
-            counts = trained.health.counts.clone()
+            counts, collapsed = trained.health.counts.clone(), trained.health.collapsed()
             use, perplexity = use_and_perplexity(counts)
             moved = 0
-            if trained.moves_codes and step < 0.8 * config.steps:  # the last codes to move still need time to settle
-                moved = trained.health.revive(vqgan.vquantizer, latents, counts.cpu() > 0, generator)
+            if trained.moves_codes and step < config.settling_step:
+                if trained.health.is_poor(counts):
+                    moved = _start_codebook(trained, source.pool(), config, generator, step_of)
+                else:
+                    moved = trained.health.revive(vqgan.vquantizer, latents, counts.cpu() > 0, generator)
             trained.health.counts.zero_()
             means = mean_over_workers(torch.stack([value.detach().float() for value in losses.values()])).tolist()
             values = dict(zip(losses, means, strict=True)) | {"revived_codes": float(moved)}
             log.metrics(values | {"codebook_use": use, "perplexity": perplexity}, counts, done)
-            if trained.health.collapsed(use, perplexity):
+            if collapsed:
                 if rank == 0:
                     write_collapse(config, use, perplexity, done)
                 return
@@ -199,30 +202,41 @@ def write_collapse(config: TrainVQConfig, use: float, perplexity: float, step: i
     with new_file(Path(config.output) / "collapse.txt") as file:
         file.write_text(
             f"the codebook has collapsed: after {step} steps only {use:.1%} of {config.model.codebook_size} codes are in use "
-            f"(perplexity {perplexity:.1f}), time and again in spite of revival, so that tokens say next to nothing; what "
+            f"(perplexity {perplexity:.1f}), time and again in spite of new starts, so that tokens say next to nothing; what "
             "helps is a lower optim.lr, more continuous_steps, more varied images, a smaller model.codebook_size, or "
             "model.quantizer fsq or cosine, with another --output"
         )
 
 
 @torch.no_grad()
-def _start_codebook(trained: Trained, images: InMemory, config: TrainVQConfig, generator: torch.Generator, step: Step) -> None:
-    """Codes from the latents of 16 batches or more, unless they were there from the start; the same on all workers."""
+def _start_codebook(trained: Trained, images: InMemory, config: TrainVQConfig, generator: torch.Generator, step: Step) -> int:
+    """Codes from the latents of 16 batches or more, unless those that are there are in use; how many moved.
+
+    All workers do the same.
+    """
     quantizer, size = trained.vqgan.vquantizer, config.model.codebook_size
-    if quantizer.learned and config.init is None:
-        trained.vqgan.latent_norm.eval()
-        per_batch = config.batch_size * (config.image_size // config.model.downsampling) ** 2
-        parts: list[Tensor] = []
-        with step.autocast():
-            for _ in range(max(16, -(-2 * size // per_batch))):
-                batch = to_tensor(images.batch(config.first_coded_step, slice(None), generator)).to(step.device)
-                parts.append(codebook.flatten(trained.vqgan.encode_latents(batch)))
-        latents = torch.cat(parts)
-        chosen = torch.randperm(len(latents), generator=generator)[: max(16_384, 8 * size)]
-        codebook.kmeans_init(quantizer, latents[chosen.to(latents.device)], generator)
-        if config.num_workers > 1:
-            dist.broadcast(quantizer.codebook.weight, 0)
     trained.health.restart_means(quantizer)
+    if not trained.moves_codes:
+        return 0
+    trained.vqgan.latent_norm.eval()
+    per_batch = config.batch_size * (config.image_size // config.model.downsampling) ** 2
+    latents, counts = [], torch.zeros(size, dtype=torch.long, device=step.device)
+    with step.autocast():
+        for _ in range(max(16, -(-2 * size // per_batch))):
+            batch = to_tensor(images.batch(config.first_coded_step, slice(None), generator)).to(step.device)
+            found = trained.vqgan.encode_latents(batch)
+            latents.append(codebook.flatten(found))
+            if config.init is not None:
+                counts += torch.bincount(quantizer.nearest(found).flatten(), minlength=size)
+    if config.init is not None and not trained.health.is_poor(counts):
+        return 0
+    rows = torch.cat(latents)
+    chosen = torch.randperm(len(rows), generator=generator)[: max(16_384, 8 * size)]
+    codebook.kmeans_init(quantizer, rows[chosen.to(rows.device)], generator)
+    if config.num_workers > 1:
+        dist.broadcast(quantizer.codebook.weight, 0)
+    trained.health.restart_means(quantizer)
+    return size
 
 
 @torch.inference_mode()

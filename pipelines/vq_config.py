@@ -87,6 +87,11 @@ class TrainVQConfig:
         return Crop(self.image_size, load_size, self.augment)
 
     @property
+    def settling_step(self) -> int:
+        """The step after which no code is revived: the last codes to move still need time to settle."""
+        return self.steps * 4 // 5
+
+    @property
     def first_coded_step(self) -> int:
         """The first step with codes."""
         return self.continuous_steps if self.init is None else 0

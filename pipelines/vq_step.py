@@ -87,8 +87,7 @@ class Step:
         """Unweighted losses by name, indices (none without quantization) and latents of images (B,3,H,W)."""
         config, vqgan = self.config, self.trained.vqgan
         coded = step >= config.first_coded_step
-        # with codes, the same colour must give the same latent in every batch, whatever else is in the batch
-        vqgan.latent_norm.train(not coded)
+        vqgan.latent_norm.train(self._norm_learns(step))
         with self.autocast():
             reconstruction, latents, indices, quantization = self.reconstruct(images, coded)
             losses = reconstruction_losses(reconstruction, images, config.loss, self.perceptual)
@@ -107,6 +106,15 @@ class Step:
             if config.codebook_update == "ema" and self.trained.moves_codes:
                 self.trained.health.update_means(vqgan.vquantizer, latents, indices)
         return losses, indices, latents
+
+    def _norm_learns(self, step: int) -> bool:
+        """With codes, the same colour must give the same latent in every batch, whatever else is in the batch.
+
+        Fixed codes cannot follow latents, so with them the norm goes on as long as codes would otherwise be revived.
+        """
+        if self.trained.vqgan.vquantizer.learned or self.config.init is not None:
+            return step < self.config.first_coded_step
+        return step < self.config.settling_step
 
     def reconstruct(self, images: Tensor, coded: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Reconstruction (B,3,H,W) in float32, latents, indices and the quantizer's loss."""

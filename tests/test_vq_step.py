@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT, SMALL_VQ
 from vq_workers import config
 
+from paella.codebook import Health
 from paella.config import VQConfig
 from paella.discriminator import Discriminator
 from paella.metrics import use_and_perplexity
@@ -51,11 +52,19 @@ def test_codes_are_their_own_nearest_and_training_uses_them(name):
     indices = torch.arange(32).view(2, 4, 4)
     assert quantizer.codebook.weight.shape == (32, model.c_latent)
     assert torch.equal(quantizer.nearest(quantizer(indices)), indices)
-    settings = dataclasses.replace(config(1), model=model, loss=VQLossConfig(), codebook_update="gradient")
-    trained, losses = trained_for(settings, 80)
+    settings = dataclasses.replace(config(1), model=model, loss=VQLossConfig(), codebook_update="gradient", steps=150)
+    trained, losses = trained_for(settings, 150)
     assert losses[-1]["l1"] < 0.7 * losses[5]["l1"]
     if not quantizer.learned:  # a learned codebook is started and revived by the program
         assert use_and_perplexity(trained.health.counts)[0] > 0.5
+
+
+def test_equal_codes_are_poor_and_in_the_end_a_collapse():
+    health = Health(256, 4)
+    health.counts[7] = 1000
+    assert [health.collapsed() for _ in range(health.PATIENCE)] == [False] * (health.PATIENCE - 1) + [True]
+    health.counts += 1000
+    assert not health.collapsed()
 
 
 @pytest.mark.parametrize(
@@ -86,10 +95,10 @@ def test_two_workers_give_the_weights_of_one(tmp_path):
         program = [sys.executable, ROOT / "tests" / "vq_workers.py", tmp_path / str(num_workers), str(num_workers), "9"]
         subprocess.run(program, check=True, capture_output=True, timeout=120)
     one, two = torch.load(tmp_path / "1"), torch.load(tmp_path / "2")
-    assert one["health.counts"].sum() == 4 * 8 * 64
+    assert one["health.counts"].sum() == 8 * 64
     for name in one.keys() - {"health.counts"}:
         torch.testing.assert_close(one[name], two[name], atol=5e-3, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
-    assert (one["health.counts"] - two["health.counts"]).abs().sum() <= 20, "of 2048"
+    assert (one["health.counts"] - two["health.counts"]).abs().sum() <= 10, "of 512"
 
 
 def test_the_discriminator_comes_in_slowly_and_learns():
@@ -103,15 +112,15 @@ def test_the_discriminator_comes_in_slowly_and_learns():
 
 def test_r1_is_half_the_squared_gradient():
     torch.manual_seed(0)
-    discriminator, images = Discriminator(8), torch.rand(2, 3, 16, 16)
-    step, direction = 1e-3, torch.randn(2, 3, 16, 16)
+    discriminator, images = Discriminator(8).double(), torch.rand(2, 3, 16, 16).double()
+    step, direction = 1e-6, torch.randn(2, 3, 16, 16).double()
     with torch.no_grad():
         ahead, behind = (discriminator(images + sign * step * direction).mean((1, 2, 3)) for sign in (1, -1))
     images.requires_grad_(True)
     (gradient,) = torch.autograd.grad(discriminator(images).mean((1, 2, 3)).sum(), images)
-    torch.testing.assert_close((gradient * direction).sum((1, 2, 3)), (ahead - behind) / (2 * step), atol=2e-3, rtol=0.05)
+    torch.testing.assert_close((gradient * direction).sum((1, 2, 3)), (ahead - behind) / (2 * step), atol=1e-5, rtol=1e-3)
     expected = 0.5 * gradient.square().sum((1, 2, 3)).mean()
-    torch.testing.assert_close(discriminator.gradient_penalty(images.detach()), expected)
+    torch.testing.assert_close(discriminator.float().gradient_penalty(images.detach()), expected.float())
 
 
 def test_perceptual_distance_of_a_clip(clip_directory):
