@@ -40,10 +40,8 @@ PHOTOGRAPHS = {
 }
 TINY = PRESETS["tiny"].vqgan
 MODELS = {
-    "codebook": VQConfig(bottleneck_blocks=3, c_hidden=64, c_latent=8, codebook_size=1024),
-    "fsq": VQConfig(
-        bottleneck_blocks=3, c_hidden=64, c_latent=5, codebook_size=1024, quantizer="fsq", fsq_levels=(4, 4, 4, 4, 4)
-    ),
+    "codebook": dataclasses.replace(TINY, codebook_size=1024),
+    "fsq": dataclasses.replace(TINY, codebook_size=1024, c_latent=5, quantizer="fsq", fsq_levels=(4, 4, 4, 4, 4)),
 }
 
 

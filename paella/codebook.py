@@ -79,16 +79,20 @@ class Health(nn.Module):
     EMA_DECAY = 0.99
     POOR_USE, POOR_PERPLEXITY = 0.1, 0.02
     """A smaller share of codes in use, and a smaller perplexity as a share of K: poor."""
+    SAME = 1.1
+    """Tokens of a smaller perplexity are poor in any case: nearly all the same."""
     PATIENCE = 8
     """As many poor counts in a row, in spite of new starts, are a collapse."""
 
     def __init__(self, size: int, width: int) -> None:
         super().__init__()
         self.counts: Tensor
+        self.last: Tensor
         self.ema_counts: Tensor
         self.ema_sums: Tensor
         self.poor: Tensor
         self.register_buffer("counts", torch.zeros(size, dtype=torch.long))
+        self.register_buffer("last", torch.zeros(size, dtype=torch.long), persistent=False)
         self.register_buffer("ema_counts", torch.ones(size))
         self.register_buffer("ema_sums", torch.zeros(size, width))
         self.register_buffer("poor", torch.zeros((), dtype=torch.long))
@@ -97,16 +101,17 @@ class Health(nn.Module):
     def count(self, indices: Tensor) -> None:
         """Add a batch's indices, of all workers. Every rank must call it."""
         counts = torch.bincount(indices.flatten(), minlength=len(self.counts)).double()
-        self.counts += (mean_over_workers(counts) * num_workers()).round().long()
+        self.last = (mean_over_workers(counts) * num_workers()).round().long()
+        self.counts += self.last
 
     def is_poor(self, counts: Tensor) -> bool:
         """Whether next to nothing of the codebook is in use, by counts (K,)."""
         use, perplexity = use_and_perplexity(counts)
-        return use < self.POOR_USE and perplexity < max(3.0, self.POOR_PERPLEXITY * len(counts))
+        return perplexity < self.SAME or (use < self.POOR_USE and perplexity < max(3.0, self.POOR_PERPLEXITY * len(counts)))
 
     def collapsed(self) -> bool:
-        """Note the counts, and whether they have been poor for too long."""
-        self.poor = (self.poor + 1) * int(self.is_poor(self.counts))
+        """Note whether the counts, or those of the last batch, are poor, and whether that has been so for too long."""
+        self.poor = (self.poor + 1) * int(self.is_poor(self.counts) or self.is_poor(self.last))
         return self.poor.item() >= self.PATIENCE
 
     @torch.no_grad()

@@ -5,7 +5,8 @@
     python pipelines/train_vqgan.py f4 --init runs/released --train decoder --data my/photos --output runs/sharper
 
 The same command again continues from the newest checkpoint; a finished run says so and does nothing.
-The output holds `model` (a bundle with the VQGAN alone), `report.json` and a sheet of reconstructions.
+The output holds `model` (a bundle with the VQGAN alone), `report.json` and a sheet of reconstructions; with a new
+decoder for a bundle that can generate, `bundle`, a copy of it with that decoder.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from paella import codebook, command_line
-from paella.bundle import load_vqgan, save_vqgan, vqgan_digests
+from paella.bundle import load_vqgan, replace_vqgan, save_vqgan, vqgan_digests
 from paella.ema import Ema
 from paella.images import contact_sheet, to_tensor, to_uint8
 from paella.metrics import codebook_use, psnr, use_and_perplexity
@@ -30,6 +31,7 @@ from paella.parallel import mean_over_workers
 from paella.storage import new_file
 from paella.vq_losses import perceptual_distance
 from paella.vqgan import VQModel
+from paella.weights import read_config
 from pipelines import cli, loop, tracking
 from pipelines.progress import Progress
 from pipelines.vq_config import TrainVQConfig, presets
@@ -254,6 +256,8 @@ def finish(config: TrainVQConfig, model: VQModel, held_back: np.ndarray, mlflow_
     output = Path(config.output)
     same_tokens = vqgan_digests(config.init) if config.train == "decoder" and config.init is not None else []
     digest = save_vqgan(output / "model", model, same_tokens)
+    if config.init is not None and same_tokens and "unet" in read_config(config.init)[1]:
+        replace_vqgan(config.init, str(output / "model"), output / "bundle")
     images, values, indices = reconstruct(model, held_back)
     use, perplexity = codebook_use(indices, config.model.codebook_size)
     sheet = reconstruction_sheet(held_back[:16], images[:16], values[:16])

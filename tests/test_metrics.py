@@ -1,6 +1,5 @@
 """Numbers about reconstructions equal those of the tools everybody uses."""
 
-import numpy as np
 import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -28,10 +27,10 @@ def test_psnr_and_ssim_are_scikit_images(pair):
 
 
 def test_regions_tell_flat_areas_edges_and_texture():
-    rng = np.random.default_rng(0)
     flat, edge = torch.full((1, 3, 16, 16), 0.5), torch.full((1, 3, 16, 16), 0.2)
     edge[..., 4:12] = 0.9
-    texture = torch.from_numpy(rng.random((1, 1, 16, 16), dtype=np.float32)).expand(-1, 3, -1, -1)
+    checks = (torch.arange(16)[:, None] // 2 + torch.arange(16) // 2) % 2
+    texture = checks.float().expand(1, 3, -1, -1)
     for name, images in zip(REGIONS, (flat, edge, texture), strict=True):
         assert (regions(images) == REGIONS.index(name)).all(), name
     images = torch.cat([flat, texture])

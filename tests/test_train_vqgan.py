@@ -17,7 +17,7 @@ from conftest import ROOT, SMALL_VQ, assert_one_sentence, checkpointed, killed_w
 from PIL import Image
 from safetensors.torch import load_file
 
-from paella.bundle import load_vqgan, save_vqgan, vqgan_digests
+from paella.bundle import load_bundle, load_vqgan, replace_vqgan, save_vqgan, vqgan_digests
 from paella.images import to_tensor
 from paella.metrics import codebook_use
 from paella.vq_losses import VQLossConfig
@@ -136,26 +136,35 @@ def thousand(tmp_path_factory) -> np.ndarray:
     )
 
 
-def test_decoder_only_leaves_the_tokens_of_1000_images_as_they_are(whole, thousand, scene_shards, tmp_path):
-    init = str(whole / "model")
+def test_decoder_only_leaves_the_tokens_of_1000_images_as_they_are(ray_session, model_bundle, thousand, scene_shards, tmp_path):
+    init = str(model_bundle)
     bundle = str(train_vqgan.run(small(scene_shards, tmp_path / "tuned", init=init, train="decoder", steps=20)))
     before, after = load_vqgan(init)[0], load_vqgan(bundle)[0]
     images = to_tensor(thousand)
-    assert torch.equal(before.encode(images), after.encode(images))
+    tokens = before.encode(images)
+    assert len(tokens.unique()) > 8
+    assert torch.equal(tokens, after.encode(images))
     assert not torch.equal(before.decode_indices(before.encode(images[:8])), after.decode_indices(after.encode(images[:8])))
+    joined = load_bundle(str(tmp_path / "tuned" / "bundle"))
+    assert torch.equal(joined.vqgan.out_block[0].weight, after.out_block[0].weight)
+    assert joined.digest == load_bundle(init).digest
     old, new = vqgan_digests(init)[0], vqgan_digests(bundle)
     assert new[0] != old
-    tokens = TokenFormat(grid_height=8, grid_width=8, codebook_size=32, vqgan_digest=old)
-    require_vqgan(tokens, new, "the tokens")
+    made = TokenFormat(grid_height=8, grid_width=8, codebook_size=32, vqgan_digest=old)
+    require_vqgan(made, new, "the tokens")
     with pytest.raises(ValueError, match="were made by VQGAN"):
-        require_vqgan(dataclasses.replace(tokens, vqgan_digest="0"), new, "the tokens")
+        require_vqgan(dataclasses.replace(made, vqgan_digest="0"), new, "the tokens")
+    save_vqgan(tmp_path / "other", VQModel(SMALL_VQ))
+    with pytest.raises(ValueError, match="makes other tokens than VQGAN"):
+        replace_vqgan(init, str(tmp_path / "other"), tmp_path / "x")
 
 
 @pytest.mark.slow
-def test_equal_codes_recover_within_200_steps(ray_session, scene_shards, whole, thousand, tmp_path):
-    model = VQModel(dataclasses.replace(SMALL_VQ, codebook_size=256))
-    state = {name: value for name, value in weights(whole).items() if "codebook" not in name}
-    model.load_state_dict(state, strict=False)
+def test_equal_codes_recover_within_200_steps(ray_session, scene_shards, thousand, tmp_path):
+    config = dataclasses.replace(SMALL_VQ, codebook_size=256)
+    train_vqgan.run(small(scene_shards, tmp_path / "good", model=config, steps=300, continuous_steps=100, revive_every=50))
+    model = VQModel(config)
+    model.load_state_dict(weights(tmp_path / "good"))
     model.vquantizer.codebook.weight.data.fill_(0.1)
     save_vqgan(tmp_path / "collapsed", model)
     images = to_tensor(thousand)
@@ -177,7 +186,7 @@ def test_a_collapse_stops_the_run_and_says_why(ray_session, tmp_path):
         (data / f"{i}.txt").write_text("grey")
     config = small(data, tmp_path / "run", steps=200, memory_gb=1e-6)
     for _ in range(2):  # a rerun says it again
-        with pytest.raises(ValueError, match="the codebook has collapsed: after .* steps only 3.1% of 32 codes"):
+        with pytest.raises(ValueError, match="the codebook has collapsed: after .* steps only .* of 32 codes"):
             train_vqgan.run(config)
     assert not (tmp_path / "run" / "report.json").exists()
 

@@ -61,9 +61,9 @@ def test_codes_are_their_own_nearest_and_training_uses_them(name):
 
 def test_equal_codes_are_poor_and_in_the_end_a_collapse():
     health = Health(256, 4)
-    health.counts[7] = 1000
+    health.count(torch.full((1, 10, 10), 7))
     assert [health.collapsed() for _ in range(health.PATIENCE)] == [False] * (health.PATIENCE - 1) + [True]
-    health.counts += 1000
+    health.count(torch.arange(256)[None])
     assert not health.collapsed()
 
 
@@ -97,7 +97,7 @@ def test_two_workers_give_the_weights_of_one(tmp_path):
     one, two = torch.load(tmp_path / "1"), torch.load(tmp_path / "2")
     assert one["health.counts"].sum() == 8 * 64
     for name in one.keys() - {"health.counts"}:
-        torch.testing.assert_close(one[name], two[name], atol=5e-3, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(one[name], two[name], atol=5e-3, rtol=5e-3, msg=lambda text, name=name: f"{name}: {text}")
     assert (one["health.counts"] - two["health.counts"]).abs().sum() <= 10, "of 512"
 
 
