@@ -271,7 +271,9 @@ def finish(config: TrainVQConfig, model: VQModel, held_back: np.ndarray, mlflow_
         "images": len(held_back),
         "digest": digest,
     }
-    tracking.log_metrics(mlflow_run, {k: v for k, v in report.items() if isinstance(v, float)}, config.steps)
+    tracking.log_metrics(
+        mlflow_run, {f"held_back_{name}": value for name, value in report.items() if isinstance(value, float)}, config.steps
+    )
     with new_file(output / "report.json") as file:
         file.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -184,9 +184,10 @@ def test_a_collapse_stops_the_run_and_says_why(ray_session, tmp_path):
     for i in range(4):
         Image.new("RGB", (32, 32), "grey").save(data / f"{i}.png")
         (data / f"{i}.txt").write_text("grey")
-    config = small(data, tmp_path / "run", steps=200, memory_gb=1e-6)
+    model = dataclasses.replace(SMALL_VQ, codebook_size=2048)
+    config = small(data, tmp_path / "run", steps=120, memory_gb=1e-6, model=model)
     for _ in range(2):  # a rerun says it again
-        with pytest.raises(ValueError, match="the codebook has collapsed: after .* steps only .* of 32 codes"):
+        with pytest.raises(ValueError, match="the codebook has collapsed: after .* steps only .* of 2048 codes"):
             train_vqgan.run(config)
     assert not (tmp_path / "run" / "report.json").exists()
 
