@@ -61,13 +61,14 @@ def run(config: TrainVQConfig) -> Path:
     if (output / "report.json").exists():
         print(f"VQGAN training is finished: {bundle}")
         return bundle
-    cli.start_ray()
-    cpus_for_data = _cpus_for_data(config, images)
-    mlflow_run = tracking.open_run(output, f"train_vqgan {output.name}", values)
-    fit(train_worker, {"config": config, "mlflow_run": mlflow_run}, output, config.num_workers, cpus_for_data)
-    if (collapse := output / "collapse.txt").exists():
+    if not (collapse := output / "collapse.txt").exists():
+        cli.start_ray()
+        cpus_for_data = _cpus_for_data(config, images)
+        mlflow_run = tracking.open_run(output, f"train_vqgan {output.name}", values)
+        fit(train_worker, {"config": config, "mlflow_run": mlflow_run}, output, config.num_workers, cpus_for_data)
+        tracking.finish_run(mlflow_run)
+    if collapse.exists():
         raise ValueError(collapse.read_text())
-    tracking.finish_run(mlflow_run)
     report = json.loads((output / "report.json").read_text())
     print(
         f"trained: {bundle}  PSNR {report['psnr']:.1f} dB, {report['codebook_use']:.0%} of the codebook in use "
@@ -119,20 +120,14 @@ def train_worker(arguments: dict) -> None:
         done = step + 1
         if indices is not None and done % config.revive_every == 0:
             counts, collapsed = trained.health.counts.clone(), trained.health.collapsed()
-            use, perplexity = use_and_perplexity(counts)
             moved = 0
             if trained.moves_codes and step < config.settling_step:
-                if trained.health.is_poor(counts):
-                    moved = _start_codebook(trained, source.pool(), config, generator, step_of)
-                else:
-                    moved = trained.health.revive(vqgan.vquantizer, latents, counts.cpu() > 0, generator)
+                moved = _revive(trained, source, latents, config, generator, step_of)
             trained.health.counts.zero_()
-            means = mean_over_workers(torch.stack([value.detach().float() for value in losses.values()])).tolist()
-            values = dict(zip(losses, means, strict=True)) | {"revived_codes": float(moved)}
-            log.metrics(values | {"codebook_use": use, "perplexity": perplexity}, counts, done)
+            log.metrics(losses, counts, moved, done)
             if collapsed:
                 if rank == 0:
-                    write_collapse(config, use, perplexity, done)
+                    write_collapse(config, counts, done)
                 return
         log.progress.update(done)
         if done % config.checkpoint_every == 0 and config.first_coded_step < done < config.steps:
@@ -177,12 +172,16 @@ class Log:
         self.config, self.mlflow_run, self.enabled = config, mlflow_run, enabled
         self.progress = Progress("vqgan", config.steps, start, enabled=enabled)
 
-    def metrics(self, values: dict[str, float], counts: Tensor, done: int) -> None:
-        """Losses and the codebook's state after `done` steps; now and then a picture of how often each code is used."""
+    def metrics(self, losses: dict[str, Tensor], counts: Tensor, moved: int, done: int) -> None:
+        """Losses, use of codes and how many moved; now and then a picture of how often each is used. Every rank must call it."""
+        means = mean_over_workers(torch.stack([value.detach().float() for value in losses.values()])).tolist()
+        use, perplexity = use_and_perplexity(counts)
         if self.enabled:
+            values = dict(zip(losses, means, strict=True))
+            values |= {"codebook_use": use, "perplexity": perplexity, "revived_codes": float(moved)}
             tracking.log_metrics(self.mlflow_run, values, done)
             error = next(values[name] for name in ("l1", "l2", "perceptual") if name in values)
-            self.progress.update(done, f"loss {error:.4f}  {values['codebook_use']:.0%} of codes in use")
+            self.progress.update(done, f"loss {error:.4f}  {use:.0%} of codes in use")
             if done % (20 * self.config.revive_every) == 0:
                 tracking.log_figure(self.mlflow_run, usage_figure(counts), f"codebook_use/step-{done:07d}.png")
 
@@ -194,13 +193,13 @@ def usage_figure(counts: Tensor):
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
     axes.plot((counts / counts.sum().clamp(min=1)).sort(descending=True).values.cpu().numpy())
-    axes.set(xlabel="code, by use", ylabel="share of tokens", yscale="symlog")
-    axes.set_yscale("log")
+    axes.set(xlabel="code, by use", ylabel="share of tokens", yscale="log")
     return figure
 
 
-def write_collapse(config: TrainVQConfig, use: float, perplexity: float, step: int) -> None:
+def write_collapse(config: TrainVQConfig, counts: Tensor, step: int) -> None:
     """Say why the run has stopped."""
+    use, perplexity = use_and_perplexity(counts)
     with new_file(Path(config.output) / "collapse.txt") as file:
         file.write_text(
             f"the codebook has collapsed: after {step} steps only {use:.1%} of {config.model.codebook_size} codes are in use "
@@ -208,6 +207,16 @@ def write_collapse(config: TrainVQConfig, use: float, perplexity: float, step: i
             "helps is a lower optim.lr, more continuous_steps, more varied images, a smaller model.codebook_size, or "
             "model.quantizer fsq or cosine, with another --output"
         )
+
+
+def _revive(
+    trained: Trained, source: InMemory | Stream, latents: Tensor, config: TrainVQConfig, generator: torch.Generator, step: Step
+) -> int:
+    """Move codes that are not in use, or all where next to nothing is; how many moved."""
+    counts, quantizer = trained.health.counts, trained.vqgan.vquantizer
+    if trained.health.is_poor(counts):
+        return _start_codebook(trained, source.pool(), config, generator, step)
+    return trained.health.revive(quantizer, latents, counts.cpu() > 0, generator)
 
 
 @torch.no_grad()

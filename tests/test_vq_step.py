@@ -15,6 +15,7 @@ from paella.discriminator import Discriminator
 from paella.metrics import use_and_perplexity
 from paella.quantizers import make_quantizer
 from paella.vq_losses import VQLossConfig, perceptual_distance
+from paella.vqgan import VQModel
 from pipelines import train_vqgan
 from pipelines.vq_step import Step, Trained
 
@@ -87,6 +88,13 @@ def test_the_largest_codebook_is_searched_rightly():
     torch.nn.init.normal_(quantizer.codebook.weight)
     some = torch.randint(65_536, (1, 4, 4))
     assert torch.equal(quantizer.nearest(quantizer(some)), some)
+
+
+def test_f8_is_f4_with_a_level_more():
+    presets = train_vqgan.presets()
+    f8 = VQModel(presets["f8"].model).eval()
+    assert f8.encode(torch.rand(1, 3, 64, 64)).shape == (1, 8, 8)
+    assert presets["f4"].model == VQConfig(), "the published model"
 
 
 def test_two_workers_give_the_weights_of_one(tmp_path):
