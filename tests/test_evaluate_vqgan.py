@@ -69,6 +69,14 @@ def test_words():
 def test_bad_input(program, scene_shards, vqgan_bundle, tmp_path):
     data = ("--vqgans", vqgan_bundle, "--data", scene_shards, "--output", tmp_path / "x")
     assert_one_sentence(program("evaluate_vqgan", *data, "--sizes", 60), "sizes=60")
-    assert_one_sentence(program("evaluate_vqgan", *data, "--features", tmp_path / "none"), "cannot be loaded")
-    assert_one_sentence(program("evaluate_vqgan", "--vqgans", tmp_path, *data[2:]), "config.json")
+    places = {"data": str(scene_shards), "output": str(tmp_path / "x")}
+    for changes, words in [
+        ({"features": str(tmp_path / "none")}, "cannot be loaded"),
+        ({"vqgans": (str(tmp_path),)}, "config.json"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            evaluate_vqgan.run(EvaluateVQConfig(**({"vqgans": (str(vqgan_bundle),)} | places | changes)))
+    for changes, words in [({"vqgans": ()}, "vqgans is empty"), ({"max_images": 0}, "max_images=0")]:
+        with pytest.raises(ValueError, match=words):
+            EvaluateVQConfig(**({"vqgans": ("x",)} | places | changes))
     assert not (tmp_path / "x").exists()
