@@ -88,6 +88,22 @@ def test_killed_and_rerun_gives_the_same_weights(whole, scene_shards, tmp_path):
     assert_close(output, whole, atol=1e-5)
 
 
+class Instant:
+    """True some random seconds after a run's next checkpoint: before that, there would be nothing to lose."""
+
+    def __init__(self, output: Path) -> None:
+        self.checkpoints, self.delay_s = output / "checkpoints", random.SystemRandom().uniform(0, 4)
+        self.before, self.instant = self.newest(), float("inf")
+
+    def newest(self) -> list[str]:
+        return sorted(path.name for path in self.checkpoints.glob("checkpoint_2*"))[-1:]
+
+    def __call__(self) -> bool:
+        if self.instant == float("inf") and self.newest() != self.before:
+            self.instant = time.monotonic() + self.delay_s
+        return time.monotonic() > self.instant
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_killed_at_five_random_instants(scene_shards, tmp_path):
@@ -95,8 +111,7 @@ def test_killed_at_five_random_instants(scene_shards, tmp_path):
     command = [sys.executable, ROOT / "pipelines/train_vqgan.py", *arguments]
     output = tmp_path / "killed"
     for _ in range(5):
-        instant = time.monotonic() + random.SystemRandom().uniform(8, 25)
-        killed_when([*command, output], lambda instant=instant: time.monotonic() > instant)
+        killed_when([*command, output], Instant(output))
     assert not (output / "report.json").exists(), "the run was over before the last kill"
     for path in (output, tmp_path / "whole"):
         finished = subprocess.run([*command, path], capture_output=True, text=True, timeout=600)
