@@ -131,11 +131,16 @@ class Bundle:
         return self.vqgan.decode_indices(tokens).float().clamp(0, 1)
 
 
-def save_vqgan(path: Path, model: VQModel) -> str:
-    """Write a bundle with a VQGAN alone; returns the VQGAN's digest."""
+def save_vqgan(path: Path, model: VQModel, same_tokens: Sequence[str] = ()) -> str:
+    """Write a bundle with a VQGAN alone; returns the VQGAN's digest.
+
+    Args:
+        same_tokens: digests of VQGANs that make the same tokens: those with another decoder.
+    """
     with new_directory(path, replace=True) as directory:
         digest = save_weights(directory, "vqgan", model.state_dict())
-        write_config(directory, {"vqgan": model.config.to_dict(), "digests": {"vqgan": digest}})
+        values = {"vqgan": model.config.to_dict(), "digests": {"vqgan": digest}}
+        write_config(directory, values | ({"same_tokens": list(same_tokens)} if same_tokens else {}))
     return digest
 
 
@@ -179,10 +184,20 @@ def load_vqgan(uri: str) -> tuple[VQModel, str]:
     return load_weights(lambda: VQModel(config), root, "vqgan", digest), digest
 
 
+def vqgan_digests(uri: str) -> list[str]:
+    """The digest of a bundle's VQGAN, and those of VQGANs that make the same tokens. Raises ValueError where there is none."""
+    _, values = read_config(uri)
+    try:
+        return [values["digests"]["vqgan"], *values.get("same_tokens", [])]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{uri} holds no VQGAN: its config.json lacks {error}") from error
+
+
 def _model(uri: str, values: dict) -> tuple[ModelConfig, dict[str, str]]:
     """The config in the values of a config.json, and the digests of its networks. Raises ValueError where one is missing."""
     try:
         digests = values.pop("digests")
+        values.pop("same_tokens", None)
         config = ModelConfig.from_dict(values)
         return config, {name: digests[name] for name in ("unet", "vqgan", "prior") if name != "prior" or config.prior}
     except (KeyError, TypeError) as error:
@@ -239,3 +254,18 @@ def add_prior(uri: str, prior_uri: str, path: Path) -> None:
         shutil.copytree(root, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LISTING))
         save_weights(directory, "prior", prior.state_dict())
         write_config(directory, {**config.to_dict(), "digests": digests | {"prior": digest}})
+
+
+def replace_vqgan(uri: str, vqgan_uri: str, path: Path) -> None:
+    """Write a copy of a bundle with a VQGAN that makes the same tokens. Raises ValueError where it makes others."""
+    vqgan, digest = load_vqgan(vqgan_uri)
+    root, values = read_config(uri)
+    if "unet" not in values:
+        raise ValueError(f"{uri} holds no U-Net, so there is nothing to join the VQGAN to")
+    config, digests = _model(uri, values)
+    if digests["vqgan"] not in (same := vqgan_digests(vqgan_uri)):
+        raise ValueError(f"the VQGAN {digest} in {vqgan_uri} makes other tokens than VQGAN {digests['vqgan']} of {uri}")
+    with new_directory(path, replace=True) as directory:
+        shutil.copytree(root, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LISTING, "vqgan.safetensors"))
+        save_weights(directory, "vqgan", vqgan.state_dict())
+        write_config(directory, {**config.to_dict(), "digests": digests | {"vqgan": digest}, "same_tokens": same[1:]})

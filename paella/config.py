@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -118,6 +119,10 @@ class VQConfig(_Config):
     """Number of codes."""
     scale_factor: float = 0.3764
     """Latents are divided by this on the way out of `encode` and multiplied on the way into `decode`."""
+    quantizer: str = "codebook"
+    """What makes tokens of latents: codebook (published), cosine (directions count), fsq (rounding) or lfq (signs)."""
+    fsq_levels: tuple[int, ...] = ()
+    """Levels of each latent dimension, for fsq: 8 5 5 5 are 1,000 codes."""
 
     def __post_init__(self) -> None:
         require(self.levels >= 1, "levels", self.levels, "an integer of at least 1")
@@ -125,12 +130,24 @@ class VQConfig(_Config):
         require(self.c_latent >= 1, "c_latent", self.c_latent, "an integer of at least 1")
         require(2 <= self.codebook_size <= 65536, "codebook_size", self.codebook_size, "2 to 65536 (tokens are uint16)")
         require(self.scale_factor > 0, "scale_factor", self.scale_factor, "a positive number")
+        self._check_quantizer()
         divisor = 2 ** (self.levels - 1)
         require(
             self.c_hidden >= divisor and self.c_hidden % divisor == 0,
             "c_hidden",
             self.c_hidden,
             f"a multiple of {divisor}",
+        )
+
+    def _check_quantizer(self) -> None:
+        kinds = ("codebook", "cosine", "fsq", "lfq")
+        require(self.quantizer in kinds, "quantizer", self.quantizer, ", ".join(kinds))
+        if self.quantizer == "fsq":
+            fits = len(self.fsq_levels) == self.c_latent and min(self.fsq_levels) >= 2
+            require(fits, "fsq_levels", self.fsq_levels, f"as many numbers of at least 2 as c_latent, {self.c_latent}")
+        num_codes = {"fsq": math.prod(self.fsq_levels), "lfq": 2**self.c_latent}.get(self.quantizer, self.codebook_size)
+        require(
+            self.codebook_size == num_codes, "codebook_size", self.codebook_size, f"the {num_codes} codes of the {self.quantizer}"
         )
 
     @property

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_reduce as all_reduce_with_gradient
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -73,9 +74,53 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
+def num_workers() -> int:
+    """Workers that train together; 1 where no group has been started."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def mean_over_workers(values: Tensor) -> Tensor:
     """Mean of a small tensor over all workers. Every rank must call it."""
-    if dist.get_world_size() > 1:
+    if num_workers() > 1:
         dist.all_reduce(values)
-        values /= dist.get_world_size()
+        values /= num_workers()
     return values
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Mean of the gradients of replicated parameters over all workers, in one transfer. Every rank must call it."""
+    if num_workers() > 1:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = mean_over_workers(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def gather_rows(values: Tensor) -> Tensor:
+    """Rows (N,D) of all workers in order of rank, N being the same on each. Every rank must call it."""
+    if num_workers() == 1:
+        return values
+    parts = [torch.empty_like(values) for _ in range(num_workers())]
+    dist.all_gather(parts, values.contiguous())
+    return torch.cat(parts)
+
+
+class SharedBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the batches of all workers, each of the same size; `nn.SyncBatchNorm` does not run on CPUs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or num_workers() == 1:
+            return super().forward(x)
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        y = x.float()
+        local = torch.stack([y.mean((0, 2, 3)), y.square().mean((0, 2, 3))])
+        mean, square = all_reduce_with_gradient(local, "sum", dist.distributed_c10d._get_default_group()) / num_workers()
+        variance = square - mean.square()
+        with torch.no_grad():
+            count = x.numel() / x.shape[1] * num_workers()
+            self.running_mean.lerp_(mean, self.momentum or 0.0)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum or 0.0)
+            self.num_batches_tracked += 1
+        scale = torch.rsqrt(variance + self.eps) * self.weight
+        return ((y - mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)

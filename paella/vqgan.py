@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from paella.blocks import EPS, Linear
 from paella.config import VQConfig
+from paella.quantizers import Codebook, make_quantizer
+
+__all__ = ["Codebook", "VQModel", "VQResBlock"]
 
 CPU_PIXELS, GPU_PIXELS = 2**18, 2**21
 """Pixels that are encoded at once. The published model takes 1.5 KB of memory for each."""
-CPU_DISTANCES = 2**17
-"""Distances to codes that are computed at once: 512 KB."""
 
 
 class VQResBlock(nn.Module):
@@ -35,30 +36,6 @@ class VQResBlock(nn.Module):
         x = torch.addcmul(x, self.depthwise(y.permute(0, 3, 1, 2)), gain1)
         y = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=EPS) * (1 + scale2) + shift2
         return torch.addcmul(x, self.channelwise(y).permute(0, 3, 1, 2), gain2)
-
-
-class Codebook(nn.Module):
-    """K code vectors of width D."""
-
-    def __init__(self, size: int, width: int) -> None:
-        super().__init__()
-        self.codebook = nn.Embedding(size, width)
-        nn.init.uniform_(self.codebook.weight, -1 / size, 1 / size)
-
-    def nearest(self, latents: Tensor) -> Tensor:
-        """Index of the nearest code: (B,D,h,w) → (B,h,w) int64."""
-        codes = self.codebook.weight.detach().float()  # (K,D)
-        flat = latents.detach().permute(0, 2, 3, 1).reshape(-1, codes.shape[1]).float()
-        # |x−c|² = |x|² − 2x·c + |c|²: the first term is the same for all codes
-        bias, transposed = 0.5 * codes.square().sum(1), codes.T.contiguous()
-        # on a CPU so few vectors at a time that their distances stay in its cache between the product and the search
-        rows = flat.split(4096 if flat.is_cuda else max(16, CPU_DISTANCES // len(codes)))
-        found = torch.cat([torch.addmm(bias, part, transposed, alpha=-1).argmin(1) for part in rows])
-        return found.view(latents.shape[0], *latents.shape[2:])
-
-    def forward(self, indices: Tensor) -> Tensor:
-        """Codes of indices: (B,h,w) → (B,D,h,w)."""
-        return self.codebook(indices).permute(0, 3, 1, 2)
 
 
 class VQModel(nn.Module):
@@ -83,7 +60,7 @@ class VQModel(nn.Module):
         # the batch norm keeps latents at unit scale, so that codes and latents cannot drift apart
         down.append(nn.Sequential(nn.Conv2d(widths[-1], c.c_latent, 1, bias=False), nn.BatchNorm2d(c.c_latent)))
         self.down_blocks = nn.Sequential(*down)
-        self.vquantizer = Codebook(c.codebook_size, c.c_latent)
+        self.vquantizer = make_quantizer(c)
         up: list[nn.Module] = [nn.Sequential(nn.Conv2d(c.c_latent, widths[-1], 1))]
         for i, width in reversed(list(enumerate(widths))):
             up.extend(VQResBlock(width) for _ in range(c.bottleneck_blocks if i == c.levels - 1 else 1))
@@ -110,7 +87,7 @@ class VQModel(nn.Module):
                 f"images have shape {tuple(images.shape)}, but (batch, 3, height, width) with sides that are "
                 f"multiples of {factor} are needed"
             )
-        return self.down_blocks(self.in_block(images.contiguous(memory_format=torch.channels_last)))
+        return self.vquantizer.project(self.down_blocks(self.in_block(images.contiguous(memory_format=torch.channels_last))))
 
     def encode(self, images: Tensor) -> Tensor:
         """Token grid of images: (B,3,H,W) in [0,1] → (B,h,w) int64; a few images at a time, so that memory stays small."""
@@ -131,16 +108,16 @@ class VQModel(nn.Module):
         codes = codes.contiguous(memory_format=torch.channels_last)
         return self.out_block(self.up_blocks(codes)).contiguous()
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor, commitment: float = 0.25) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One training pass.
 
         Returns:
-            reconstruction (B,3,H,W), latents (B,D,h,w), indices (B,h,w), and the quantization loss: codes pulled to
-            latents plus 0.25 times latents pulled to codes. Gradients pass the quantizer straight through.
+            reconstruction (B,3,H,W), latents (B,D,h,w), indices (B,h,w), and the quantizer's loss, in which `commitment`
+            weighs how latents are pulled to codes. Gradients pass the quantizer straight through.
         """
         latents = self.encode_latents(images)
         indices = self.vquantizer.nearest(latents)
         codes = self.vquantizer(indices)
-        loss = F.mse_loss(codes, latents.detach()) + 0.25 * F.mse_loss(latents, codes.detach())
+        loss = self.vquantizer.loss(latents, codes, commitment)
         straight_through = latents + (codes - latents).detach()
         return self.decode_codes(straight_through), latents, indices, loss

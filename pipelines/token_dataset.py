@@ -9,7 +9,7 @@ embeddings and format version. Plain pyarrow, DuckDB or pandas read it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -215,10 +215,14 @@ class TokenDataset:
         return TokenBatch(grid, table["caption"].to_pylist(), table["id"].to_pylist(), embeddings)
 
 
-def require_vqgan(format: TokenFormat, digest: str, uri: str) -> None:
-    """Raises ValueError naming both digests where tokens were made by another VQGAN."""
-    if format.vqgan_digest != digest:
-        raise ValueError(f"the tokens in {uri} were made by VQGAN {format.vqgan_digest}, but the model has VQGAN {digest}")
+def require_vqgan(format: TokenFormat, digests: Sequence[str], uri: str) -> None:
+    """Raises ValueError naming both digests where tokens were made by another VQGAN.
+
+    Args:
+        digests: of the model's VQGAN, and of those that make the same tokens.
+    """
+    if format.vqgan_digest not in digests:
+        raise ValueError(f"the tokens in {uri} were made by VQGAN {format.vqgan_digest}, but the model has VQGAN {digests[0]}")
 
 
 def _filesystem(uri: str) -> tuple[pafs.FileSystem, str]:

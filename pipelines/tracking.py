@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from PIL import Image
@@ -67,6 +68,10 @@ def log_metrics(run: Run, metrics: dict[str, float], step: int) -> None:
 
 def log_image(run: Run, image: Image.Image, key: str, step: int) -> None:
     run.client().log_image(run.run_id, image, key=key, step=step)
+
+
+def log_figure(run: Run, figure: Figure, name: str) -> None:
+    run.client().log_figure(run.run_id, figure, name)
 
 
 def log_directory(run: Run, directory: Path) -> str:

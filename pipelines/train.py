@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from paella import command_line
-from paella.bundle import load_vqgan, save_bundle
+from paella.bundle import load_vqgan, save_bundle, vqgan_digests
 from paella.conditioning import load_clip, unconditional
 from paella.config import PRESETS, ModelConfig
 from paella.ema import Ema
@@ -143,8 +143,8 @@ def run(config: TrainConfig) -> Path:
 def _check_data(config: TrainConfig) -> None:
     dataset = TokenDataset(config.data)
     dataset.num_batches(config.global_batch_size)
-    _, digest = load_vqgan(config.vqgan)
-    require_vqgan(dataset.format, digest, config.data)
+    load_vqgan(config.vqgan)
+    require_vqgan(dataset.format, vqgan_digests(config.vqgan), config.data)
     labels, multiple = config.model.unet.num_labels, config.model.unet.grid_multiple
     if dataset.format.codebook_size != labels:
         raise ValueError(

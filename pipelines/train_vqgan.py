@@ -1,104 +1,59 @@
-"""Train a VQGAN on a folder or shards of images: reconstruction, codebook from data, revival of dead codes.
+"""Train a VQGAN on anybody's images, or fine-tune one: on any number of workers, with a codebook that stays in use.
 
     python pipelines/train_vqgan.py tiny --data runs/demo/images --output runs/my-vqgan
+    python pipelines/train_vqgan.py f4 --data my/photos --output runs/f4 --loss.perceptual 1 --loss.perceptual-model lpips
+    python pipelines/train_vqgan.py f4 --init runs/released --train decoder --data my/photos --output runs/sharper
 
 The same command again continues from the newest checkpoint; a finished run says so and does nothing.
-The output holds `model` (a bundle with the VQGAN alone), `report.json` and a sheet of reconstructions.
+The output holds `model` (a bundle with the VQGAN alone), `report.json` and a sheet of reconstructions; with a new
+decoder for a bundle that can generate, `bundle`, a copy of it with that decoder.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import ray
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import Tensor
 
 from paella import codebook, command_line
-from paella.bundle import save_vqgan
-from paella.config import PRESETS, VQConfig
+from paella.bundle import load_vqgan, replace_vqgan, save_vqgan, vqgan_digests
 from paella.ema import Ema
 from paella.images import contact_sheet, to_tensor, to_uint8
-from paella.metrics import codebook_use, psnr
-from paella.parallel import compute_dtype
+from paella.metrics import codebook_use, psnr, use_and_perplexity
+from paella.parallel import mean_over_workers
 from paella.storage import new_file
-from paella.training import OptimConfig
-from paella.vqgan import VQModel, VQResBlock
+from paella.vq_losses import perceptual_distance
+from paella.vqgan import VQModel
+from paella.weights import read_config
 from pipelines import cli, loop, tracking
 from pipelines.progress import Progress
-from pipelines.sources import decode_all, find_units
+from pipelines.vq_config import TrainVQConfig, presets
+from pipelines.vq_images import ImageSet, InMemory, Stream
+from pipelines.vq_step import Step, Trained
 from pipelines.workers import fit, setup_worker
 
-
-@dataclass(frozen=True, kw_only=True)
-class TrainVQConfig:
-    """One VQGAN training run."""
-
-    data: str
-    """Images: a folder, or img2dataset's shards."""
-    output: str
-    """Directory of the run; the same command with the same output continues it."""
-    model: VQConfig
-    """The VQGAN."""
-    image_size: int = 256
-    """Side of the training images in pixels."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimizer and learning-rate schedule."""
-    steps: int = 100_000
-    """Optimizer steps."""
-    batch_size: int = 32
-    """Images per step."""
-    continuous_steps: int = 200
-    """First steps without quantization, so that the codebook starts from latents that mean something."""
-    encoder_context: bool = True
-    """Whether the encoder's depthwise convolutions are trained. Without, a token knows little more than its own pixels: a flat
-    colour keeps its code beside an edge, which makes tokens easy to predict, and the decoder smooths what the encoder cannot."""
-    revive_every: int = 50
-    """Steps between revivals of unused codes."""
-    ema_decay: float = 0.99
-    """Decay of the averaged weights, which are the result."""
-    max_images: int = 20_000
-    """Images held in memory; an evenly spaced selection of a larger set."""
-    precision: str = "auto"
-    """Of forward and backward: bf16, float32, or auto."""
-    seed: int = 0
-    """Initial weights and order of the images."""
-    checkpoint_every: int = 200
-    """Steps between checkpoints."""
-
-    def __post_init__(self) -> None:
-        if self.image_size < self.model.downsampling or self.image_size % self.model.downsampling:
-            raise ValueError(f"image_size={self.image_size} is not allowed: a multiple of {self.model.downsampling} is needed")
-        if not 0 < self.continuous_steps < self.steps:
-            raise ValueError(f"continuous_steps={self.continuous_steps} is not allowed: 1 to steps-1={self.steps - 1}")
-
-
-def presets() -> dict[str, TrainVQConfig]:
-    """Training settings for each model preset; `data` and `output` have to be given."""
-    from tyro import MISSING
-
-    tiny = TrainVQConfig(
-        data=MISSING,
-        output=MISSING,
-        model=PRESETS["tiny"].vqgan,
-        image_size=64,
-        optim=OptimConfig(lr=3e-3, warmup_steps=50, final_lr_fraction=0.02, weight_decay=0.0, betas=(0.9, 0.95)),
-        steps=1100,
-        continuous_steps=150,
-        encoder_context=False,
-    )
-    f4 = TrainVQConfig(data=MISSING, output=MISSING, model=PRESETS["paella-1b"].vqgan)
-    return {"tiny": tiny, "f4": f4}
+__all__ = ["TrainVQConfig", "presets", "reconstruct", "reconstruction_sheet", "run"]
 
 
 def run(config: TrainVQConfig) -> Path:
-    """Train; returns the bundle's directory. Raises ValueError for the user's mistakes, before the worker starts."""
+    """Train; returns the bundle's directory. Raises ValueError for mistakes, before a worker starts, and for a collapse."""
     config = dataclasses.replace(config, data=cli.absolute(config.data), output=cli.absolute(config.output))
-    find_units(config.data)
+    if config.init is not None:
+        init = cli.absolute(config.init)
+        config = dataclasses.replace(config, init=init, model=load_vqgan(init)[0].config)
+    images = ImageSet.find(config.data, config.crop)
+    if config.loss.perceptual > 0:
+        assert config.loss.perceptual_model is not None
+        name = cli.absolute_if_directory(config.loss.perceptual_model)
+        config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, perceptual_model=name))
+        perceptual_distance(str(name))
     output = cli.require_writable(config.output)
     values = cli.config_values(config)
     cli.require_same_config(output, values)
@@ -106,10 +61,14 @@ def run(config: TrainVQConfig) -> Path:
     if (output / "report.json").exists():
         print(f"VQGAN training is finished: {bundle}")
         return bundle
-    cli.start_ray()
-    mlflow_run = tracking.open_run(output, f"train_vqgan {output.name}", values)
-    fit(train_worker, {"config": config, "mlflow_run": mlflow_run}, output, num_workers=1)
-    tracking.finish_run(mlflow_run)
+    if not (collapse := output / "collapse.txt").exists():
+        cli.start_ray()
+        cpus_for_data = _cpus_for_data(config, images)
+        mlflow_run = tracking.open_run(output, f"train_vqgan {output.name}", values)
+        fit(train_worker, {"config": config, "mlflow_run": mlflow_run}, output, config.num_workers, cpus_for_data)
+        tracking.finish_run(mlflow_run)
+    if collapse.exists():
+        raise ValueError(collapse.read_text())
     report = json.loads((output / "report.json").read_text())
     print(
         f"trained: {bundle}  PSNR {report['psnr']:.1f} dB, {report['codebook_use']:.0%} of the codebook in use "
@@ -118,104 +77,177 @@ def run(config: TrainVQConfig) -> Path:
     return bundle
 
 
+def _cpus_for_data(config: TrainVQConfig, images: ImageSet) -> int:
+    """CPUs that workers leave to the tasks that read images: a quarter of them, if images do not fit in memory."""
+    if images.num_bytes <= config.memory_gb * 1e9:
+        return 0
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    if cpus <= config.num_workers:
+        raise ValueError(
+            f"the images need {images.num_bytes / 1e9:.1f} GB in memory, above memory_gb={config.memory_gb}, and reading them as "
+            f"training goes on needs a CPU beside the {config.num_workers} workers, but there are {cpus}"
+        )
+    return max(1, min(cpus // 4, cpus - config.num_workers))
+
+
 def train_worker(arguments: dict) -> None:
-    """The training worker; one process, with all CPUs or one GPU."""
+    """One worker of the training group."""
     config: TrainVQConfig = arguments["config"]
-    mlflow_run: tracking.Run = arguments["mlflow_run"]
-    _, _, device = setup_worker(arguments, config.seed)
-    images, held_back = _split(decode_all(config.data, config.image_size, config.max_images))
-    model = VQModel(config.model).to(device).train()
-    if not config.encoder_context:
-        leave_out_encoder_context(model)
-    optimizers = config.optim.optimizers(model)
-    ema = Ema(model, config.ema_decay)
-    start = loop.resume(model, optimizers, ema)
-    print(f"VQGAN on {len(images)} images, from step {start}", flush=True)
-    dtype = compute_dtype(config.precision, device)
-    used = torch.zeros(config.model.codebook_size, dtype=torch.bool, device=device)
-    progress = Progress("vqgan", config.steps, start)
+    rank, world_size, device = setup_worker(arguments, config.seed)
+    trained = Trained(config).to(device).train()
+    vqgan = trained.vqgan
+    optimizers = [config.optim.optimizers(module) for module in (vqgan, trained.discriminator) if module is not None]
+    flat = [optimizer for some in optimizers for optimizer in some]
+    ema = Ema(vqgan, config.ema_decay)
+    start = loop.resume(trained, flat, ema)
+    images = ImageSet.find(config.data, config.crop)
+    source = make_source(config, images, rank, world_size)
+    batch_of = _batches(source, config, rank, world_size, start)
+    step_of = Step(config, trained, optimizers, device)
+    if rank == 0:
+        print(f"VQGAN on {len(images.training)} images, {type(source).__name__}, from step {start}", flush=True)
+    log = Log(config, arguments["mlflow_run"], start, enabled=rank == 0)
     for step in range(start, config.steps):
         # one generator per step: a resumed run draws what an undisturbed one would
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        # with codes, the same colour must give the same latent in every batch, whatever else is in the batch
-        model.latent_norm.train(step < config.continuous_steps)
-        if step == config.continuous_steps:
-            _start_codebook(model, images, config, generator, device, dtype)
-            ema = Ema(model, config.ema_decay)
-        batch = _batch(images, config.batch_size, generator).to(device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            losses, indices, latents = vqgan_losses(model, batch, quantize=step >= config.continuous_steps)
-        config.optim.set_lr(optimizers, step, config.steps)
-        loop.optimizer_step(model, optimizers, torch.stack(list(losses.values())).sum(), config.optim.grad_clip)
-        ema.update(model, step)
-        if indices is not None:
-            used[indices.unique()] = True
-        if indices is not None and (step + 1) % config.revive_every == 0:
-            share = used.float().mean().item()
-            if step < 0.8 * config.steps:  # the last codes to move still need time to settle
-                codebook.revive(model.vquantizer, codebook.flatten(latents).cpu(), used.cpu(), generator)
-            used.zero_()
-            values = {name: value.item() for name, value in losses.items()} | {"codebook_use": share}
-            tracking.log_metrics(mlflow_run, values, step + 1)
-            progress.update(step + 1, f"loss {losses['l1'].item():.4f}  {share:.0%} of codes in use")
-        progress.update(step + 1)
-        if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
-            loop.save_checkpoint(model, optimizers, ema, step + 1)
-    with ema.swapped_into(model):
-        finish(config, model.cpu().eval(), held_back, mlflow_run)
+        if step == config.first_coded_step:
+            _start_codebook(trained, source.pool(), config, generator, step_of)
+            ema = Ema(vqgan, config.ema_decay)
+        batch = to_tensor(batch_of(step, generator)).to(device)
+        config.optim.set_lr(flat, step, config.steps)
+        losses, indices, latents = step_of(batch, step)
+        ema.update(vqgan, step)
+        done = step + 1
+        if indices is not None and done % config.revive_every == 0:
+            counts, collapsed = trained.health.counts.clone(), trained.health.collapsed()
+            moved = 0
+            if trained.moves_codes and step < config.settling_step:
+                moved = _revive(trained, source, latents, config, generator, step_of)
+            trained.health.counts.zero_()
+            log.metrics(losses, counts, moved, done)
+            if collapsed:
+                if rank == 0:
+                    write_collapse(config, counts, done)
+                return
+        log.progress.update(done)
+        if done % config.checkpoint_every == 0 and config.first_coded_step < done < config.steps:
+            loop.save_checkpoint(trained, flat, ema, done)
+    with ema.swapped_into(vqgan):
+        if rank == 0:
+            finish(config, vqgan.cpu().eval(), images.read_held_back(), arguments["mlflow_run"])
+    dist.barrier()
+
+
+def make_source(config: TrainVQConfig, images: ImageSet, rank: int, world_size: int) -> InMemory | Stream:
+    """Where batches come from: memory, if the images fit."""
+    if images.num_bytes <= config.memory_gb * 1e9:
+        loaded = list(images.read(images.training).values())
+        if len(loaded) < len(images.training) and rank == 0:
+            left_out = len(images.training) - len(loaded)
+            print(f"{left_out} of {images.num_images} images in {config.data} cannot be used and are left out", flush=True)
+        return InMemory(loaded, config.crop, config.seed, config.batch_size)
+    return Stream(images, config.seed, config.batch_size, _part(config, rank, world_size))
+
+
+def _part(config: TrainVQConfig, rank: int, world_size: int) -> slice:
+    size = config.batch_size // world_size
+    return slice(rank * size, (rank + 1) * size)
+
+
+def _batches(
+    source: InMemory | Stream, config: TrainVQConfig, rank: int, world_size: int, start: int
+) -> Callable[[int, torch.Generator], np.ndarray]:
+    """This worker's share of the batch of a step, steps in order."""
+    if isinstance(source, InMemory):
+        part = _part(config, rank, world_size)
+        return lambda step, generator: source.batch(step, part, generator)
+    batches = source.batches(start, config.steps)
+    return lambda step, generator: next(batches)
+
+
+class Log:
+    """Metrics to MLflow and the console, from one worker."""
+
+    def __init__(self, config: TrainVQConfig, mlflow_run: tracking.Run, start: int, *, enabled: bool) -> None:
+        self.config, self.mlflow_run, self.enabled = config, mlflow_run, enabled
+        self.progress = Progress("vqgan", config.steps, start, enabled=enabled)
+
+    def metrics(self, losses: dict[str, Tensor], counts: Tensor, moved: int, done: int) -> None:
+        """Losses, use of codes and how many moved; now and then a picture of how often each is used. Every rank must call it."""
+        means = mean_over_workers(torch.stack([value.detach().float() for value in losses.values()])).tolist()
+        use, perplexity = use_and_perplexity(counts)
+        if self.enabled:
+            values = dict(zip(losses, means, strict=True))
+            values |= {"codebook_use": use, "perplexity": perplexity, "revived_codes": float(moved)}
+            tracking.log_metrics(self.mlflow_run, values, done)
+            error = next(values[name] for name in ("l1", "l2", "perceptual") if name in values)
+            self.progress.update(done, f"loss {error:.4f}  {use:.0%} of codes in use")
+            if done % (20 * self.config.revive_every) == 0:
+                tracking.log_figure(self.mlflow_run, usage_figure(counts), f"codebook_use/step-{done:07d}.png")
+
+
+def usage_figure(counts: Tensor):
+    """How often each code is used, from the most to the least used."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.plot((counts / counts.sum().clamp(min=1)).sort(descending=True).values.cpu().numpy())
+    axes.set(xlabel="code, by use", ylabel="share of tokens", yscale="log")
+    return figure
+
+
+def write_collapse(config: TrainVQConfig, counts: Tensor, step: int) -> None:
+    """Say why the run has stopped."""
+    use, perplexity = use_and_perplexity(counts)
+    with new_file(Path(config.output) / "collapse.txt") as file:
+        file.write_text(
+            f"the codebook has collapsed: after {step} steps only {use:.1%} of {config.model.codebook_size} codes are in use "
+            f"(perplexity {perplexity:.1f}), time and again in spite of new starts, so that tokens say next to nothing; what "
+            "helps is a lower optim.lr, more continuous_steps, more varied images, a smaller model.codebook_size, or "
+            "model.quantizer fsq or cosine, with another --output"
+        )
+
+
+def _revive(
+    trained: Trained, source: InMemory | Stream, latents: Tensor, config: TrainVQConfig, generator: torch.Generator, step: Step
+) -> int:
+    """Move codes that are not in use, or all where next to nothing is; how many moved."""
+    counts, quantizer = trained.health.counts, trained.vqgan.vquantizer
+    if trained.health.is_poor(counts):
+        return _start_codebook(trained, source.pool(), config, generator, step)
+    return trained.health.revive(quantizer, latents, counts.cpu() > 0, generator)
 
 
 @torch.no_grad()
-def leave_out_encoder_context(model: VQModel) -> None:
-    """Set the encoder's depthwise convolutions to zero, for good."""
-    for block in model.down_blocks.children():
-        if isinstance(block, VQResBlock):
-            for parameter in block.depthwise.parameters():
-                parameter.zero_().requires_grad_(False)
+def _start_codebook(trained: Trained, images: InMemory, config: TrainVQConfig, generator: torch.Generator, step: Step) -> int:
+    """Codes from the latents of 16 batches or more, unless those that are there are in use; how many moved.
 
-
-def vqgan_losses(model: VQModel, images: Tensor, *, quantize: bool) -> tuple[dict[str, Tensor], Tensor | None, Tensor]:
-    """Losses by name, indices (None without quantization) and latents of a batch (B,3,H,W).
-
-    The edge loss compares differences of neighbouring pixels: on flat pictures the mean error hardly sees the outlines.
+    All workers do the same.
     """
-    if quantize:
-        reconstruction, latents, indices, quantization = model(images)
-    else:
-        latents = model.encode_latents(images)
-        reconstruction, indices, quantization = model.decode_codes(latents), None, latents.new_zeros(())
-    reconstruction = reconstruction.float()
-    edges = sum(F.l1_loss(reconstruction.diff(dim=axis), images.diff(dim=axis)) for axis in (2, 3))
-    losses = {
-        "l1": F.l1_loss(reconstruction, images),
-        "l2": 4 * F.mse_loss(reconstruction, images),
-        "edges": edges,
-        "quantization": quantization.float(),
-    }
-    return losses, indices, latents
-
-
-@torch.no_grad()
-def _start_codebook(
-    model: VQModel, images: np.ndarray, config: TrainVQConfig, generator: torch.Generator, device, dtype: torch.dtype
-) -> None:
-    """Codes from the latents of up to 16 batches."""
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        batches = [_batch(images, config.batch_size, generator).to(device) for _ in range(16)]
-        latents = torch.cat([codebook.flatten(model.encode_latents(batch)).cpu() for batch in batches])
-    chosen = torch.randperm(len(latents), generator=generator)[: max(16_384, 8 * config.model.codebook_size)]
-    codebook.kmeans_init(model.vquantizer, latents[chosen], generator)
-
-
-def _batch(images: np.ndarray, size: int, generator: torch.Generator) -> Tensor:
-    return to_tensor(images[torch.randint(len(images), (size,), generator=generator).numpy()])
-
-
-def _split(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Training images, and every 50th (at least one, at most 512) held back to measure reconstruction."""
-    held_back = np.zeros(len(images), dtype=bool)
-    held_back[:: max(50, len(images) // 512)] = True
-    return (images[~held_back] if len(images) > 1 else images), images[held_back]
+    quantizer, size = trained.vqgan.vquantizer, config.model.codebook_size
+    trained.health.restart_means(quantizer)
+    if not trained.moves_codes:
+        return 0
+    trained.vqgan.latent_norm.eval()
+    per_batch = config.batch_size * (config.image_size // config.model.downsampling) ** 2
+    latents, counts = [], torch.zeros(size, dtype=torch.long, device=step.device)
+    with step.autocast():
+        for _ in range(max(16, -(-2 * size // per_batch))):
+            batch = to_tensor(images.batch(config.first_coded_step, slice(None), generator)).to(step.device)
+            found = trained.vqgan.encode_latents(batch)
+            latents.append(codebook.flatten(found))
+            if config.init is not None:
+                counts += torch.bincount(quantizer.nearest(found).flatten(), minlength=size)
+    if config.init is not None and not trained.health.is_poor(counts):
+        return 0
+    rows = torch.cat(latents)
+    chosen = torch.randperm(len(rows), generator=generator)[: max(16_384, 8 * size)]
+    codebook.kmeans_init(quantizer, rows[chosen.to(rows.device)], generator)
+    if config.num_workers > 1:
+        dist.broadcast(quantizer.codebook.weight, 0)
+    trained.health.restart_means(quantizer)
+    return size
 
 
 @torch.inference_mode()
@@ -231,7 +263,10 @@ def reconstruct(model: VQModel, images: np.ndarray, batch_size: int = 64) -> tup
 def finish(config: TrainVQConfig, model: VQModel, held_back: np.ndarray, mlflow_run: tracking.Run) -> None:
     """Write bundle, sheet and, last, the report that marks the run as finished."""
     output = Path(config.output)
-    digest = save_vqgan(output / "model", model)
+    same_tokens = vqgan_digests(config.init) if config.train == "decoder" and config.init is not None else []
+    digest = save_vqgan(output / "model", model, same_tokens)
+    if config.init is not None and same_tokens and "unet" in read_config(config.init)[1]:
+        replace_vqgan(config.init, str(output / "model"), output / "bundle")
     images, values, indices = reconstruct(model, held_back)
     use, perplexity = codebook_use(indices, config.model.codebook_size)
     sheet = reconstruction_sheet(held_back[:16], images[:16], values[:16])
@@ -245,7 +280,9 @@ def finish(config: TrainVQConfig, model: VQModel, held_back: np.ndarray, mlflow_
         "images": len(held_back),
         "digest": digest,
     }
-    tracking.log_metrics(mlflow_run, {k: v for k, v in report.items() if isinstance(v, float)}, config.steps)
+    tracking.log_metrics(
+        mlflow_run, {f"held_back_{name}": value for name, value in report.items() if isinstance(value, float)}, config.steps
+    )
     with new_file(output / "report.json") as file:
         file.write_text(json.dumps(report, indent=1) + "\n")
 

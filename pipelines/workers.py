@@ -15,13 +15,14 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 
-def fit(worker: Callable[[dict], None], arguments: dict, output: Path, num_workers: int) -> None:
+def fit(worker: Callable[[dict], None], arguments: dict, output: Path, num_workers: int, cpus_for_data: int = 0) -> None:
     """Run `worker(arguments)` on every worker; checkpoints lie in `output`/checkpoints, and a rerun finds them there.
+    Workers share the CPUs, all but `cpus_for_data`, which are for Ray Data's tasks.
 
     Raises RuntimeError with the worker's message where training failed for good.
     """
     gpu = torch.cuda.is_available()
-    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)) // num_workers)
+    cpus = max(1, (int(ray.cluster_resources().get("CPU", 1)) - cpus_for_data) // num_workers)
     trainer = TorchTrainer(
         worker,
         train_loop_config=arguments | {"cpus_per_worker": cpus},

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, SMALL_VQ, assert_one_sentence, checkpointed, killed_when, small_config
+from conftest import ROOT, assert_one_sentence, checkpointed, killed_when, small_config
 from PIL import Image
 
-from paella.bundle import load_bundle, load_vqgan
+from paella.bundle import load_bundle
 from paella.images import to_uint8
 from paella.sampler import SamplingConfig
-from pipelines import generate, tracking, train, train_vqgan
+from pipelines import generate, tracking, train
 from pipelines.tokenize_images import TokenizeConfig
 from pipelines.tokenize_images import run as tokenize
 
@@ -89,20 +89,6 @@ def test_training_killed_and_rerun_continues(tokens, vqgan_bundle, tmp_path):
     begun = [line for line in finished.stdout.splitlines() if "from step" in line]
     assert begun and "from step 0" not in begun[0], begun
     assert (output / "model" / "config.json").exists()
-
-
-def test_vqgan_training(ray_session, scene_shards, tmp_path):
-    config = dataclasses.replace(
-        train_vqgan.presets()["tiny"], data=str(scene_shards), output=str(tmp_path / "vqgan"), model=SMALL_VQ, steps=80,
-        continuous_steps=20, revive_every=10, checkpoint_every=30, batch_size=16,
-    )  # fmt: skip
-    bundle = train_vqgan.run(config)
-    model, _ = load_vqgan(str(bundle))
-    assert model.config == SMALL_VQ
-    report = json.loads((tmp_path / "vqgan" / "report.json").read_text())
-    assert report["codebook_use"] > 0.3
-    assert report["psnr"] > 10
-    assert (tmp_path / "vqgan" / "reconstructions.png").exists()
 
 
 @pytest.fixture(scope="module")

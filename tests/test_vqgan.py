@@ -7,7 +7,7 @@ from paella import codebook
 from paella.config import VQConfig
 from paella.metrics import codebook_use, psnr
 from paella.vqgan import Codebook, VQModel, VQResBlock
-from pipelines.train_vqgan import leave_out_encoder_context
+from pipelines.vq_step import leave_out_encoder_context
 
 CONFIG = VQConfig(bottleneck_blocks=1, c_hidden=16, codebook_size=32)
 
