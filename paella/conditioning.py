@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from paella.config import TextConfig
 from paella.images import to_uint8
 from paella.int8 import quantize_linear
+from paella.storage import first_line
 
 if TYPE_CHECKING:
     from transformers import T5EncoderModel  # its import takes seconds, so it waits until an encoder is made or loaded
@@ -102,7 +103,7 @@ class TextEncoders(nn.Module):
                 AutoTokenizer.from_pretrained(name),
             )
         except (OSError, ValueError) as error:
-            raise ValueError(f"the text encoder {config.byt5!r} cannot be loaded: {_first_line(error)}") from error
+            raise ValueError(f"the text encoder {config.byt5!r} cannot be loaded: {first_line(error)}") from error
         if load_in_8bit:
             quantize_linear(byt5)
         clip, clip_tokenizer = load_clip(config.clip, root) if config.clip else (None, None)
@@ -210,7 +211,7 @@ def load_clip(name: str, root: str | Path = ".") -> tuple[nn.Module, Any]:
         model = open_clip.create_model(source, pretrained=pretrained or None, require_pretrained=True)
         return model.eval(), open_clip.get_tokenizer(source)
     except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"the CLIP model {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise ValueError(f"the CLIP model {name!r} cannot be loaded: {first_line(error)}") from error
 
 
 def clip_pixels(clip: nn.Module, images: Sequence[np.ndarray]) -> Tensor:
@@ -225,7 +226,3 @@ def clip_pixels(clip: nn.Module, images: Sequence[np.ndarray]) -> Tensor:
 def _resolve(name: str, root: str | Path) -> str:
     local = Path(root) / name
     return str(local) if local.is_dir() else name
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -6,7 +6,9 @@ nothing of size N×N is held at once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,50 +18,83 @@ BLOCK = 2048
 """Rows of a distance matrix that are held at once."""
 
 
-def frechet_distance(made: Tensor, reference: Tensor) -> float:
+@dataclass(frozen=True)
+class Moments:
+    """Mean (D,) and covariance (D,D) of features, float64."""
+
+    mean: Tensor
+    covariance: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> Moments:
+        """Raises ValueError for fewer than two rows."""
+        _require_two(features)
+        return cls(features.double().mean(0), torch.cov(features.double().T))
+
+    @functools.cached_property
+    def root(self) -> Tensor:
+        """Square root of the covariance."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+
+def frechet_distance(made: Tensor, reference: Tensor | Moments) -> float:
     """FID (arXiv 1706.08500) of features (N,D), (M,D), by the conventions of clean-fid and torch-fidelity.
 
     Raises ValueError for fewer than two rows.
     """
-    (mean_a, covariance_a), (mean_b, covariance_b) = _moments(made), _moments(reference)
-    # the trace of sqrt(A B) is that of the symmetric sqrt(sqrt(A) B sqrt(A)), whose eigenvalues are real
-    values, vectors = torch.linalg.eigh(covariance_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    overlap = torch.linalg.eigvalsh(root @ covariance_b @ root).clamp(min=0).sqrt().sum()
-    distance = (mean_a - mean_b).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * overlap
+    _require_two(made)
+    b = reference if isinstance(reference, Moments) else Moments.of(reference)
+    mean = made.double().mean(0)
+    a = (made.double() - mean) / (len(made) - 1) ** 0.5  # the covariance is a.T @ a
+    # the trace of sqrt(A B) is that of the square root of a symmetric matrix with the same eigenvalues but zeros: the smaller one
+    symmetric = a @ b.covariance @ a.T if len(a) < a.shape[1] else b.root @ (a.T @ a) @ b.root
+    overlap = torch.linalg.eigvalsh(symmetric).clamp(min=0).sqrt().sum()
+    distance = (mean - b.mean).square().sum() + a.square().sum() + b.covariance.trace() - 2 * overlap
     return max(0.0, distance.item())
 
 
-def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+def _require_two(features: Tensor) -> None:
     if len(features) < 2:
         raise ValueError(
             f"{len(features)} images are too few for a Fréchet distance: it needs 2, and thousands to mean something"
         )
-    features = features.double()
-    return features.mean(0), torch.cov(features.T)
 
 
-def cmmd(made: Tensor, reference: Tensor, sigma: float = 10.0) -> float:
-    """CMMD (arXiv 2401.09603): squared maximum mean discrepancy of CLIP embeddings (N,D), (M,D), Gaussian kernel, times 1000."""
+def cmmd(made: Tensor, reference: Tensor, sigma: float = 10.0, blocks: int = 1) -> Tensor:
+    """CMMD (arXiv 2401.09603): squared maximum mean discrepancy of CLIP embeddings (N,D), (M,D), Gaussian kernel, times 1000.
+
+    Returns a scalar; with `blocks` > 1 the values (blocks,) of the sets that leave out every blocks-th made image from the first
+    on, from the second on, and so on, for hardly more work.
+    """
     a, b = (F.normalize(features.double(), dim=1) for features in (made, reference))
-    kernel = lambda x, y: _mean_over_pairs(x, y, lambda squared: torch.exp(-squared / (2 * sigma**2)))  # noqa: E731
-    return 1000 * (kernel(a, a) + kernel(b, b) - 2 * kernel(a, b))
+    sums = lambda x, y: _sum_over_pairs(x, y, lambda squared: torch.exp(-squared / (2 * sigma**2)))  # noqa: E731
+    parts = [a[block::blocks] for block in range(blocks)]
+    within = torch.tensor([[sums(x, y) for y in parts] for x in parts], dtype=torch.float64)
+    across = torch.tensor([sums(x, b) for x in parts], dtype=torch.float64)
+    sizes = torch.tensor([len(part) for part in parts], dtype=torch.float64)
+    keep = torch.ones(1, 1, dtype=torch.float64) if blocks == 1 else 1 - torch.eye(blocks, dtype=torch.float64)
+    num = keep @ sizes
+    values = (keep @ within * keep).sum(1) / num**2 - 2 * keep @ across / (num * len(b)) + sums(b, b) / len(b) ** 2
+    return 1000 * (values[0] if blocks == 1 else values)
 
 
-def _mean_over_pairs(a: Tensor, b: Tensor, function: Callable[[Tensor], Tensor]) -> float:
-    total = sum(function(torch.cdist(part, b).square()).sum().item() for part in a.split(BLOCK))
-    return total / (len(a) * len(b))
+def _sum_over_pairs(a: Tensor, b: Tensor, function: Callable[[Tensor], Tensor]) -> float:
+    return sum(function(torch.cdist(part, b).square()).sum().item() for part in a.split(BLOCK))
 
 
-def prdc(made: Tensor, reference: Tensor, neighbours: int = 5) -> dict[str, float]:
+def prdc(made: Tensor, reference: Tensor, neighbours: int = 5, reference_radii: Tensor | None = None) -> dict[str, float]:
     """Precision, recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797) of features (N,D), (M,D).
+
+    `reference_radii` spares the computation of `radii(reference, neighbours)`, where many sets have one reference.
 
     Raises ValueError unless both sets have more rows than `neighbours`.
     """
     if min(len(made), len(reference)) <= neighbours:
         raise ValueError(f"precision and recall need more than {neighbours} images on both sides")
     a, b = made.double(), reference.double()
-    radius_a, radius_b = _radii(a, neighbours), _radii(b, neighbours)
+    radius_a = radii(a, neighbours)
+    radius_b = radii(b, neighbours) if reference_radii is None else reference_radii
     inside_b = torch.zeros(len(a), dtype=torch.long)  # in how many balls around reference images a made image lies
     inside_a = torch.zeros(len(b), dtype=torch.bool)  # whether a reference image lies in a ball around a made one
     nearest = torch.full((len(b),), float("inf"), dtype=torch.float64)  # the made image that is nearest to a reference image
@@ -77,8 +112,9 @@ def prdc(made: Tensor, reference: Tensor, neighbours: int = 5) -> dict[str, floa
     }
 
 
-def _radii(features: Tensor, neighbours: int) -> Tensor:
-    """Distance of each row to its k-th neighbour, itself apart."""
+def radii(features: Tensor, neighbours: int = 5) -> Tensor:
+    """Distance (N,) of each row to its k-th neighbour, itself apart."""
+    features = features.double()
     parts = [torch.cdist(part, features).kthvalue(neighbours + 1, dim=1).values for part in features.split(BLOCK)]
     return torch.cat(parts)
 
@@ -88,14 +124,18 @@ def clip_scores(images: Tensor, texts: Tensor) -> Tensor:
     return 100 * F.cosine_similarity(images.double(), texts.double()).clamp(min=0)
 
 
-def jackknife(statistic: Callable[[Tensor], float], num: int, blocks: int = 20) -> tuple[float, float]:
-    """A statistic of `num` images and half the width of its 95 % confidence interval, by leaving out blocks of images.
+def jackknife(statistic: Callable[[Tensor], Tensor], num: int, blocks: int = 20) -> Tensor:
+    """Half the width (…) of the 95 % confidence interval of a statistic (…) of `num` images, by leaving out blocks of images.
 
     Args:
         statistic: takes the numbers of the images to use.
     """
     everything = torch.arange(num)
     blocks = min(blocks, num)
-    left_out = torch.tensor([statistic(everything[everything % blocks != block]) for block in range(blocks)], dtype=torch.float64)
-    variance = (blocks - 1) / blocks * (left_out - left_out.mean()).square().sum()
-    return statistic(everything), 1.96 * variance.sqrt().item()
+    return interval(torch.stack([statistic(everything[everything % blocks != block]) for block in range(blocks)]))
+
+
+def interval(left_out: Tensor) -> Tensor:
+    """Half the width (…) of the 95 % confidence interval, from the values (blocks,…) without each of the blocks of images."""
+    blocks = len(left_out)
+    return 1.96 * ((blocks - 1) / blocks * (left_out - left_out.mean(0)).square().sum(0)).sqrt()

@@ -43,7 +43,7 @@ def local_directory(uri: str) -> Path:
     except FileNotFoundError:
         versions = {}
     except Exception as error:  # each store has exceptions of its own: no such protocol, no credentials, no such host, …
-        raise ValueError(f"{uri} cannot be read: {_line(error)}") from error
+        raise ValueError(f"{uri} cannot be read: {first_line(error)}") from error
     if not versions:
         raise ValueError(f"there is nothing at {uri}")
     with _locked(cache.with_suffix(".lock")):
@@ -106,11 +106,12 @@ def _from_registry(uri: str) -> Path:
     try:
         path = Path(mlflow.artifacts.download_artifacts(uri))
     except mlflow.exceptions.MlflowException as error:
-        raise ValueError(f"{uri} cannot be fetched: {_line(error)}") from error
+        raise ValueError(f"{uri} cannot be fetched: {first_line(error)}") from error
     return next((config.parent for config in path.rglob("config.json")), path)
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an exception says first, or its name."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 

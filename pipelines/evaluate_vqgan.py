@@ -78,7 +78,7 @@ def run(config: EvaluateVQConfig) -> list[dict[str, Any]]:
         for size in config.sizes:
             if size % model.config.downsampling:
                 raise ValueError(f"sizes={size} is not allowed for {uri}: a multiple of {model.config.downsampling} is needed")
-    judges = Judges(config, device)
+    judges = Judges(config.features, config.perceptual, device)
     images, captions = decode_captioned(cli.absolute(config.data), max(config.sizes), config.max_images)
     output = cli.require_writable(config.output)
     rows: list[dict[str, Any]] = []
@@ -100,9 +100,10 @@ def run(config: EvaluateVQConfig) -> list[dict[str, Any]]:
 class Judges:
     """The networks that compare images: of rFID, and of the perceptual distance."""
 
-    def __init__(self, config: EvaluateVQConfig, device: torch.device) -> None:
-        self.features = ClipDistance(str(cli.absolute_if_directory(config.features))).to(device) if config.features else None
-        name = cli.absolute_if_directory(config.perceptual)
+    def __init__(self, features: str | None, perceptual: str | None, device: torch.device) -> None:
+        self.device = device
+        self.features = ClipDistance(str(cli.absolute_if_directory(features))).to(device) if features else None
+        name = cli.absolute_if_directory(perceptual)
         self.perceptual: nn.Module | None = perceptual_distance(name).to(device) if name is not None else None
 
 

@@ -99,8 +99,11 @@ def run(config: GenerateConfig) -> Path:
     return output / "manifest"
 
 
-def read_prompts(path: str) -> list[str]:
-    """Prompts of a file. Raises ValueError for an unknown format, a missing column or no prompts."""
+def read_table(path: str) -> pd.DataFrame:
+    """The rows of a file of prompts, with a column `prompt`.
+
+    Raises ValueError for an unknown format, a missing column or no prompts.
+    """
     readers = {
         ".txt": lambda file: pd.DataFrame({"prompt": Path(file).read_text().splitlines()}),
         ".jsonl": lambda file: pd.read_json(file, lines=True),
@@ -117,11 +120,17 @@ def read_prompts(path: str) -> list[str]:
     column = next((name for name in ("prompt", "caption") if name in table.columns), None)
     if column is None:
         raise ValueError(f"the prompts {path} have no column prompt or caption, but {', '.join(table.columns)}")
-    prompts = [str(prompt).strip() for prompt in table[column].dropna()]
-    prompts = [prompt for prompt in prompts if prompt]
-    if not prompts:
+    table = table.rename(columns={column: "prompt"}).dropna(subset=["prompt"])
+    table["prompt"] = table["prompt"].astype(str).str.strip()
+    table = table[table["prompt"] != ""]
+    if table.empty:
         raise ValueError(f"there are no prompts in {path}")
-    return prompts
+    return table
+
+
+def read_prompts(path: str) -> list[str]:
+    """Prompts of a file; see `read_table`."""
+    return read_table(path)["prompt"].tolist()
 
 
 def make_jobs(prompts: list[str], config: GenerateConfig, digest: str) -> list[dict]:

@@ -150,6 +150,10 @@ class TokenDataset:
         for table in self._slices(columns, seed, global_batch_size, rank, world_size, start_step):
             yield self._to_batch(table, clip)
 
+    def rows(self, file: str, rows: list[int]) -> TokenBatch:
+        """Some rows of one shard, in their order there."""
+        return self._to_batch(self._read(file, ["id", "tokens", "caption"]).take(rows), clip=False)
+
     def clip_batches(
         self, *, seed: int, global_batch_size: int, rank: int = 0, world_size: int = 1, start_step: int = 0
     ) -> Iterator[ClipBatch]:

@@ -74,6 +74,10 @@ def log_figure(run: Run, figure: Figure, name: str) -> None:
     run.client().log_figure(run.run_id, figure, name)
 
 
+def log_file(run: Run, file: Path) -> None:
+    run.client().log_artifact(run.run_id, str(file))
+
+
 def log_directory(run: Run, directory: Path) -> str:
     """Keep a directory's files as artifacts; returns the URI by which MLflow finds them."""
     run.client().log_artifacts(run.run_id, str(directory), directory.name)

@@ -49,7 +49,7 @@ def serving(bundle, *flags, **variables):
     assert process.poll() is None, lines
     yield f"http://127.0.0.1:{port}", process
     process.send_signal(signal.SIGINT)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
     assert process.poll() == 0

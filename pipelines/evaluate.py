@@ -1,0 +1,336 @@
+"""Numbers on a model: how good its pictures are and how well they fit their prompts, with how sure that is.
+
+    python pipelines/evaluate.py --model runs/demo/train/model --reference runs/demo/held-out --output runs/evaluated
+    python pipelines/evaluate.py --model bundle --reference s3://me/tokens-val --steps 4 8 12 --cfg 2 4 8 --output runs/sweep
+    python pipelines/evaluate.py --compare runs/sweep runs/other --output runs/compared
+
+The reference is a token dataset or images with captions; its captions are the prompts, unless --prompts names a file
+(PartiPrompts' columns included, whose categories then have numbers of their own). Every pair of --steps and --cfg gets its
+pictures. The output holds index.html, report.json, curves.png, the best and the worst pictures, and the pictures in `cells`;
+features are kept beside it in `features`. The same command again continues; a finished evaluation says so and does nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch import Tensor
+
+from paella import command_line
+from paella.bundle import load_vqgan
+from paella.distances import Moments, clip_scores, cmmd, frechet_distance, interval, jackknife, prdc, radii
+from paella.sampler import SamplingConfig
+from paella.storage import new_file
+from paella.weights import read_config
+from pipelines import cli, evaluate_vqgan, evaluation_report, features, generate, scene_checker, scenes, tracking
+from pipelines.features import Networks
+from pipelines.sources import decode_captioned
+
+METRICS = {
+    "fid": ("reference", "inception"),
+    "clip-fid": ("reference", "clip"),
+    "cmmd": ("reference", "clip"),
+    "prdc": ("reference", "clip"),
+    "clip-score": ("clip",),
+    "scenes": (),
+    "reconstruction": ("reference",),
+}
+"""What each metric needs."""
+BLOCKS = 20
+"""Parts of the pictures that are left out in turn, for confidence intervals."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """One evaluation, or a comparison of finished ones."""
+
+    output: str
+    """Directory of the results; the same command with the same output continues it."""
+    model: str | None = None
+    """Bundle: directory, URI or models:/name@alias."""
+    reference: str | None = None
+    """What pictures should be like: a token dataset, or images with captions that training has not seen."""
+    prompts: str | None = None
+    """File of prompts, as for generate.py; the reference's captions if not given."""
+    metrics: tuple[str, ...] = ("clip-score,clip-fid,cmmd,prdc",)
+    """Names, by commas: fid, clip-fid, cmmd, prdc (precision, recall, density, coverage), clip-score, scenes (the demo's checker
+    of captions), reconstruction (what the VQGAN alone loses; of images, not of tokens)."""
+    num_images: int = 1000
+    """Pictures at most, one for each prompt. FID of fewer than some ten thousand compares only with that of as many."""
+    num_reference: int = 10_000
+    """Reference images at most, an even selection."""
+    steps: tuple[int, ...] = ()
+    """Numbers of sampling steps to try; what `sampling` says if not given."""
+    cfg: tuple[float, ...] = ()
+    """Guidance weights to try; what `sampling` says if not given."""
+    clip: str | None = None
+    """open_clip ARCHITECTURE/PRETRAINED or a directory, which judges; the model's own if not given."""
+    inception: str | None = None
+    """File of torch-fidelity's Inception weights (pt_inception-2015-12-05), for fid."""
+    seed: int = 0
+    """Seed of the first picture."""
+    batch_size: int = 32
+    """Pictures per U-Net pass."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Settings of the sampler."""
+    compare: tuple[str, ...] = ()
+    """Finished evaluations to stand side by side, in place of a new one."""
+
+    def __post_init__(self) -> None:
+        if bool(self.compare) == (self.model is not None):
+            raise ValueError("either model or compare has to be given")
+        for name in self.metric_names:
+            if name not in METRICS:
+                raise ValueError(f"metrics={name!r} is not allowed: {', '.join(METRICS)}")
+            if not self.compare and "reference" in METRICS[name] and self.reference is None:
+                raise ValueError(f"the metric {name} needs a reference")
+        if "fid" in self.metric_names and not (self.inception and Path(self.inception).is_file()):
+            raise ValueError(f"inception={self.inception} is not allowed: fid needs a file of torch-fidelity's Inception weights")
+        if not self.compare and self.reference is None and self.prompts is None:
+            raise ValueError("either a reference or prompts have to be given")
+        for name in ("num_images", "num_reference", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not allowed: an integer of at least 1")
+        self.cells  # noqa: B018  raises ValueError for settings that cannot be
+
+    @property
+    def metric_names(self) -> list[str]:
+        return [name for part in self.metrics for name in part.split(",") if name]
+
+    @property
+    def cells(self) -> dict[str, SamplingConfig]:
+        """Every pair of steps and guidance, by name."""
+        found = {}
+        for steps in self.steps or (self.sampling.num_inference_steps,):
+            guidance: list[tuple[float, ...]] = [(value,) for value in self.cfg]
+            for cfg in guidance or [self.sampling.cfg]:
+                name = f"steps{steps}-cfg{'-'.join(f'{value:g}' for value in cfg)}"
+                found[name] = dataclasses.replace(self.sampling, num_inference_steps=steps, cfg=cfg)
+        return found
+
+
+def run(config: EvaluateConfig) -> Path:
+    """Evaluate or compare; returns the output. Raises ValueError for the user's mistakes, before Ray starts."""
+    if config.compare:
+        return evaluation_report.compare(config.compare, cli.require_writable(config.output))
+    places = {
+        name: cli.absolute(value) for name in ("model", "reference", "prompts", "output") if (value := getattr(config, name))
+    }
+    config = dataclasses.replace(config, **places)  # type: ignore[arg-type]
+    networks = networks_of(config)
+    table = prompt_table(config)
+    output = cli.require_writable(config.output)
+    values = cli.config_values(config)
+    cli.require_same_config(output, values)
+    if (output / "report.json").exists():
+        print(f"evaluation is finished: {output / 'index.html'}")
+        return output
+    table.to_parquet(output / "prompts.parquet")
+    reference = None
+    if any("reference" in METRICS[name] for name in config.metric_names if name != "reconstruction"):
+        reference = Reference(features.embed(_reference(config, config.num_reference), networks, output.parent / "features"))
+    report: dict[str, Any] = {"model": config.model, "reference": config.reference, "prompts": len(table), "cells": {}}
+    for name, sampling in config.cells.items():
+        report["cells"][name] = evaluate_cell(config, name, sampling, table, networks, reference)
+    if "reconstruction" in config.metric_names:
+        report["reconstruction"] = reconstruction(config)
+    finish(output, report, values)
+    return output
+
+
+def networks_of(config: EvaluateConfig) -> Networks:
+    """The networks that the metrics need. Raises ValueError where the model brings no CLIP and none is named."""
+    needed = {need for name in config.metric_names for need in METRICS[name]}
+    assert config.model is not None
+    root, values = read_config(config.model)
+    clip = cli.absolute_if_directory(config.clip)
+    if "clip" in needed and clip is None:
+        own = values.get("text", {}).get("clip")
+        if own is None:
+            raise ValueError(f"{config.model} has no CLIP of its own: name one with --clip, or choose --metrics without it")
+        clip = str(root / own) if (root / own).is_dir() else own
+    return Networks(clip if "clip" in needed else None, config.inception if "inception" in needed else None)
+
+
+def prompt_table(config: EvaluateConfig) -> pd.DataFrame:
+    """Columns prompt and, where the file of prompts has it, category; at most num_images rows."""
+    if config.prompts is None:
+        assert config.reference is not None
+        table = pd.DataFrame({"prompt": features.captions(config.reference, config.num_images)})
+    else:
+        table = generate.read_table(config.prompts)
+        table = table[[name for name in ("prompt", "category") if name in table.columns]].head(config.num_images)
+    if "scenes" in config.metric_names:
+        for prompt in table["prompt"]:
+            scenes.parse_caption(prompt)
+    return table
+
+
+def _reference(config: EvaluateConfig, num: int) -> features.ImageSet:
+    assert config.model is not None and config.reference is not None
+    return features.reference(config.reference, config.model, _side(config), num)
+
+
+def _side(config: EvaluateConfig) -> int:
+    assert config.model is not None
+    return int(read_config(config.model)[1]["image_size"])
+
+
+class Reference:
+    """Features of the reference, and what distances to it need of them, computed once."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        self.values = values
+        self.moments = {name: Moments.of(part) for name, part in values.items() if name != "clip_text"}
+
+    @functools.cached_property
+    def radii(self) -> Tensor:
+        return radii(self.values["clip"])
+
+
+def evaluate_cell(
+    config: EvaluateConfig,
+    name: str,
+    sampling: SamplingConfig,
+    table: pd.DataFrame,
+    networks: Networks,
+    reference: Reference | None,
+) -> dict[str, Any]:
+    """Make the pictures of one setting and measure them.
+
+    Returns `metrics` (value and half the width of its interval), `categories` (the same of each) and `images`.
+    """
+    assert config.model is not None
+    print(f"{name}: {len(table)} pictures", flush=True)
+    directory = Path(config.output) / "cells" / name
+    job = generate.GenerateConfig(
+        model=config.model,
+        prompts=str(Path(config.output) / "prompts.parquet"),
+        output=str(directory),
+        seed=config.seed,
+        batch_size=config.batch_size,
+        sampling=sampling,
+    )
+    generate.run(job)
+    rows = pq.read_table(directory / "manifest").sort_by("order").to_pylist()
+    per_picture: dict[str, Tensor] = {}
+    metrics: dict[str, Tensor] = {}
+    if networks != Networks():
+        made = features.embed(features.files(name, directory, rows), networks, Path(config.output).parent / "features")
+        if "clip-score" in config.metric_names:
+            per_picture["clip_score"] = clip_scores(made["clip"], made["clip_text"])
+        if reference is not None:
+            metrics |= distances_to(reference, made, config.metric_names)
+    if "scenes" in config.metric_names:
+        per_picture |= scene_checks(directory, rows)
+    metrics |= {key: _mean(values) for key, values in per_picture.items()}
+    categories = table["category"].astype(str) if "category" in table else pd.Series(dtype=str)
+    return {
+        "metrics": {key: _json(value) for key, value in metrics.items()},
+        "categories": {
+            category: {key: _json(_mean(values[torch.tensor(numbers)])) for key, values in per_picture.items()}
+            for category, numbers in sorted(categories.groupby(categories).indices.items())
+        },
+        "images": [
+            {"prompt": row["prompt"], "seed": row["seed"], "file": f"cells/{name}/{row['file']}"}
+            | {key: round(values[number].item(), 4) for key, values in per_picture.items()}
+            for number, row in enumerate(rows)
+        ],
+    }
+
+
+def distances_to(reference: Reference, made: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """Distances between all pictures and the reference: each with half the width of its interval, (2,)."""
+    found: dict[str, Tensor] = {}
+    num = len(next(iter(made.values())))
+    for name, kind in (("fid", "inception"), ("clip-fid", "clip")):
+        if name in names:
+            statistic = functools.partial(_fid, made[kind], reference.moments[kind])
+            found[name.replace("-", "_")] = _with_interval(statistic, num)
+    if "cmmd" in names:
+        values = made["clip"], reference.values["clip"]
+        found["cmmd"] = torch.stack([cmmd(*values), interval(cmmd(*values, blocks=min(BLOCKS, num)))])
+    if "prdc" in names:
+        both = _with_interval(functools.partial(_prdc, made["clip"], reference), num)
+        found |= dict(zip(("precision", "recall", "density", "coverage"), both.T, strict=True))
+    return found
+
+
+def _with_interval(statistic: Callable[[Tensor], Tensor], num: int) -> Tensor:
+    return torch.stack([statistic(torch.arange(num)), jackknife(statistic, num, BLOCKS)])
+
+
+def _fid(made: Tensor, reference: Moments, rows: Tensor) -> Tensor:
+    return torch.tensor(frechet_distance(made[rows], reference), dtype=torch.float64)
+
+
+def _prdc(made: Tensor, reference: Reference, rows: Tensor) -> Tensor:
+    values = prdc(made[rows], reference.values["clip"], reference_radii=reference.radii)
+    return torch.tensor(list(values.values()), dtype=torch.float64)
+
+
+def _json(values: Tensor) -> list[float | None]:
+    """JSON has no NaN."""
+    return [value if math.isfinite(value) else None for value in values.tolist()]
+
+
+def _mean(values: Tensor) -> Tensor:
+    """The mean, and half the width of its 95 % confidence interval: NaN for one value."""
+    values = values.double()
+    half = 1.96 * values.std() / len(values) ** 0.5 if len(values) > 1 else torch.tensor(torch.nan)
+    return torch.stack([values.mean(), half])
+
+
+def scene_checks(directory: Path, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Of each picture of a scene, which words of its caption came true."""
+    checks = [
+        scene_checker.check(np.asarray(Image.open(directory / row["file"]).convert("RGB")), scenes.parse_caption(row["prompt"]))
+        for row in rows
+    ]
+    return {f"scene_{name}": torch.tensor([float(check[name]) for check in checks]) for name in checks[0]}
+
+
+def reconstruction(config: EvaluateConfig) -> dict[str, Any]:
+    """What the VQGAN alone loses of the reference's images."""
+    assert config.model is not None and config.reference is not None
+    images, captions = decode_captioned(config.reference, _side(config), config.num_images)
+    judges = evaluate_vqgan.Judges(networks_of(config).clip, None, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    row = evaluate_vqgan.evaluate(load_vqgan(config.model)[0].to(judges.device), images, captions, judges, config.batch_size)
+    return {name: value for name, value in row.items() if name != "worst"}
+
+
+def finish(output: Path, report: dict[str, Any], values: dict[str, Any]) -> None:
+    """Write the results, log them to MLflow, and last of all the file that says that the evaluation is finished."""
+    evaluation_report.write(output, report)
+    run = tracking.open_run(output, f"evaluate {output.name}", values)
+    for cell, content in report["cells"].items():
+        suffix = f".{cell}" if len(report["cells"]) > 1 else ""
+        for name, (value, half) in content["metrics"].items():
+            both = {f"{name}{suffix}": value, f"{name}_plus_minus{suffix}": half}
+            tracking.log_metrics(run, {key: number for key, number in both.items() if number is not None}, step=0)
+    for file in sorted([*output.glob("*.png"), output / "report.md"]):
+        tracking.log_file(run, file)
+    tracking.finish_run(run)
+    with new_file(output / "report.json") as file:
+        file.write_text(json.dumps(report, indent=1) + "\n")
+    print((output / "report.md").read_text())
+    print(f"look: {output / 'index.html'}")
+
+
+if __name__ == "__main__":
+    from pipelines.evaluate import EvaluateConfig as _Config
+    from pipelines.evaluate import run as _run
+
+    command_line.main(_run, _Config, __doc__)

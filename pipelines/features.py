@@ -1,0 +1,252 @@
+"""Features of sets of images: read, decoded and embedded by Ray Data, and kept by digest, so that no set is embedded twice.
+
+A set is a list of chunks and a reader, both small enough to send to workers; no more than a chunk of images is in memory at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import pickle
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.data import ActorPoolStrategy, DataContext
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from paella.bundle import load_vqgan, vqgan_digests
+from paella.conditioning import clip_pixels, load_clip
+from paella.images import center_crop, decode_image, to_uint8
+from paella.storage import first_line, new_file
+from paella.vqgan import VQModel
+from pipelines import cli
+from pipelines.clip_columns import clip_digest
+from pipelines.progress import Progress
+from pipelines.sources import Sample, Unit, find_units, read_unit
+from pipelines.sources import captions as source_captions
+from pipelines.token_dataset import TokenBatch, TokenDataset, require_vqgan
+
+CHUNK = 64
+"""Images that one task embeds."""
+
+Captioned = tuple[str, np.ndarray]
+"""A caption and an image (H,W,3) uint8."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images with captions that can be read again and again."""
+
+    name: str
+    chunks: Sequence[dict[str, Any]]
+    read: Callable[[dict[str, Any]], Iterator[Captioned]]
+    digest: str
+    """Of what is read, and how."""
+    num_images: int
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What embeds: an open_clip name or directory, and a file of torch-fidelity's Inception weights; None for neither."""
+
+    clip: str | None = None
+    inception: str | None = None
+
+    @property
+    def digest(self) -> str:
+        inception = None if self.inception is None else hashlib.sha256(Path(self.inception).read_bytes()).hexdigest()
+        return _digest([clip_digest(self.clip), inception])
+
+
+def files(name: str, root: Path, rows: Sequence[dict[str, Any]]) -> ImageSet:
+    """Pictures of a manifest: rows have `file`, below root, `sha256` and `prompt`."""
+    chunks = [{"root": str(root), "rows": list(rows[i : i + CHUNK])} for i in range(0, len(rows), CHUNK)]
+    return ImageSet(name, chunks, _read_files, _digest([[row["sha256"], row["prompt"]] for row in rows]), len(rows))
+
+
+def _read_files(chunk: dict[str, Any]) -> Iterator[Captioned]:
+    for row in chunk["rows"]:
+        image = decode_image((Path(chunk["root"]) / row["file"]).read_bytes())
+        yield row["prompt"], np.asarray(image)
+
+
+def reference(uri: str, model: str, side: int, num: int) -> ImageSet:
+    """At most `num` images of a token dataset, decoded by the model's VQGAN, or of a source of images, cropped to `side`.
+
+    An even selection of a larger set. Raises ValueError where there is neither, and for tokens of another VQGAN.
+    """
+    if _is_tokens(uri):
+        return _tokens(uri, model, num)
+    return _images(uri, side, num)
+
+
+def captions(uri: str, num: int) -> list[str]:
+    """At most `num` captions of a token dataset or a source of images. Raises ValueError where there is neither."""
+    if not _is_tokens(uri):
+        return source_captions(uri, num)
+    return [caption for chunk in _tokens(uri, None, num).chunks for caption in _batch(chunk).captions]
+
+
+def _is_tokens(uri: str) -> bool:
+    return "://" in uri or (Path(uri) / "dataset.json").exists()
+
+
+def _tokens(uri: str, model: str | None, num: int) -> ImageSet:
+    dataset = TokenDataset(uri, shuffle_rows=1)
+    if model is not None:
+        require_vqgan(dataset.format, vqgan_digests(model), uri)
+    chosen = _evenly(dataset.num_rows, num)
+    chunks, first = [], 0
+    for file, rows in dataset.shards:
+        own = chosen[(chosen >= first) & (chosen < first + rows)] - first
+        chunks += [
+            {"uri": uri, "file": file, "rows": own[i : i + CHUNK].tolist(), "vqgan": model} for i in range(0, len(own), CHUNK)
+        ]
+        first += rows
+    digest = _digest([[[chunk["file"], chunk["rows"]] for chunk in chunks], dataset.format.vqgan_digest, dataset.info["shards"]])
+    return ImageSet(uri, chunks, _read_tokens, digest, len(chosen))
+
+
+def _read_tokens(chunk: dict[str, Any]) -> Iterator[Captioned]:
+    batch, model = _batch(chunk), _vqgan(chunk["vqgan"])
+    for start in range(0, len(batch.captions), 16):
+        part = slice(start, start + 16)
+        with torch.inference_mode():
+            images = model.decode_indices(torch.from_numpy(batch.tokens[part]))
+        yield from zip(batch.captions[part], to_uint8(images), strict=True)
+
+
+def _batch(chunk: dict[str, Any]) -> TokenBatch:
+    return TokenDataset(chunk["uri"], shuffle_rows=1).rows(chunk["file"], chunk["rows"])
+
+
+@functools.lru_cache(maxsize=1)
+def _vqgan(uri: str) -> VQModel:
+    return load_vqgan(uri)[0]
+
+
+def _images(path: str, side: int, num: int) -> ImageSet:
+    units = find_units(path, CHUNK)
+    chosen = _evenly(sum(unit.num_samples for unit in units), num)
+    chunks, first = [], 0
+    for unit in units:
+        own = chosen[(chosen >= first) & (chosen < first + unit.num_samples)] - first
+        if len(own):
+            chunks.append({"unit": unit, "rows": own.tolist(), "side": side})
+        first += unit.num_samples
+    digest = _digest([side, [[chunk["unit"].name, chunk["rows"]] for chunk in chunks]])
+    return ImageSet(path, chunks, _read_unit, digest, len(chosen))
+
+
+def _read_unit(chunk: dict[str, Any]) -> Iterator[Captioned]:
+    unit: Unit = chunk["unit"]
+    for sample in read_unit(unit, chunk["rows"]):
+        try:
+            if isinstance(sample, Sample):
+                yield sample.caption, center_crop(decode_image(sample.image), chunk["side"])
+        except ValueError:
+            continue  # tokenizing says by name and reason what cannot be read
+
+
+def _evenly(total: int, num: int) -> np.ndarray:
+    num = min(total, num)
+    return np.arange(num) * total // max(1, num)
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class Embed:
+    """Loads the networks once; a chunk becomes a row of features of each image. Always float32."""
+
+    def __init__(self, read: Callable[[dict[str, Any]], Iterator[Captioned]], networks: Networks) -> None:
+        self.read = read
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.clip: Any = None
+        if networks.clip is not None:
+            self.clip, self.tokenizer = load_clip(networks.clip)
+            self.clip.float().to(self.device)
+        self.inception = None if networks.inception is None else load_inception(networks.inception).to(self.device)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        captioned = list(self.read(pickle.loads(batch["chunk"][0])))
+        # of a chunk without any readable image the features of another one have the shapes
+        features = self.features(captioned or [("", np.zeros((32, 32, 3), dtype=np.uint8))])
+        return {name: value.float().cpu().numpy()[: len(captioned)] for name, value in features.items()}
+
+    @torch.inference_mode()
+    def features(self, captioned: Sequence[Captioned]) -> dict[str, Tensor]:
+        features: dict[str, Tensor] = {}
+        images = [image for _, image in captioned]
+        if self.clip is not None:
+            features["clip"] = self.clip.encode_image(clip_pixels(self.clip, images).to(self.device))
+            features["clip_text"] = self.clip.encode_text(self.tokenizer([text for text, _ in captioned]).to(self.device))
+        if self.inception is not None:
+            pixels = [torch.from_numpy(image.copy()).permute(2, 0, 1)[None].to(self.device) for image in images]
+            features["inception"] = torch.cat([self.inception(image)[0] for image in pixels])
+        return features
+
+
+def load_inception(path: str) -> torch.nn.Module:
+    """torch-fidelity's Inception, for its 2048 features. Raises ValueError where the file holds no weights of it.
+
+    torch-fidelity would unpickle whatever the file holds; here it gets a copy that was read as weights only.
+    """
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    try:
+        with tempfile.NamedTemporaryFile(suffix=".pth") as copy:
+            torch.save(torch.load(path, map_location="cpu", weights_only=True), copy.name)
+            return FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=copy.name)
+    except Exception as error:  # pickle's, zip's and torch's own, for files that are something else
+        raise ValueError(f"{path} holds no Inception weights of torch-fidelity: {first_line(error)}") from error
+
+
+def embed(images: ImageSet, networks: Networks, cache: Path) -> dict[str, Tensor]:
+    """Features of a set by kind (`clip`, `clip_text`, `inception`): (N,D) float32, in order, unreadable images left out.
+
+    Raises ValueError where no image can be read.
+    """
+    kept = cache / f"{_digest([images.digest, networks.digest])}.safetensors"
+    if kept.exists():
+        return load_file(kept)
+    parts: dict[str, list[np.ndarray]] = {}
+    progress = Progress(f"features of {images.name}", images.num_images)
+    for number, batch in enumerate(_embedded(images, networks), 1):
+        for name, values in batch.items():
+            parts.setdefault(name, []).append(values)
+        progress.update(min(images.num_images, number * CHUNK))
+    features = {name: torch.from_numpy(np.concatenate(values)) for name, values in parts.items()}
+    if not features or any(len(values) == 0 for values in features.values()):
+        raise ValueError(f"none of the images in {images.name} can be read")
+    with new_file(kept) as file:
+        save_file(features, file)
+    return features
+
+
+def _embedded(images: ImageSet, networks: Networks) -> Iterator[dict[str, np.ndarray]]:
+    cli.start_ray()
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    gpus, cpus = (int(ray.cluster_resources().get(name, 0)) for name in ("GPU", "CPU"))
+    chunks = [{"chunk": pickle.dumps(chunk)} for chunk in images.chunks]
+    dataset = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(
+        Embed,
+        fn_constructor_args=(images.read, networks),
+        batch_size=1,
+        batch_format="numpy",
+        compute=ActorPoolStrategy(min_size=1, max_size=gpus or max(1, cpus // 2)),
+        num_cpus=1,
+        num_gpus=1 if gpus else 0,
+    )
+    return iter(dataset.iter_batches(batch_size=None, batch_format="numpy"))
