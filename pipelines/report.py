@@ -20,7 +20,7 @@ from pipelines.progress import duration
 from pipelines.sources import captions as source_captions
 from pipelines.sources import decode_all
 from pipelines.stages import Stages
-from pipelines.train import presets
+from pipelines.train_config import presets
 from pipelines.train_vqgan import reconstruct, reconstruction_sheet
 
 matplotlib.use("Agg")

@@ -15,6 +15,7 @@ from conftest import ROOT, assert_one_sentence, checkpointed, killed_when, small
 from PIL import Image
 
 from paella.bundle import load_bundle
+from paella.config import PRESETS
 from paella.images import to_uint8
 from paella.sampler import SamplingConfig
 from pipelines import generate, tracking, train
@@ -215,7 +216,7 @@ def test_training_refuses_what_does_not_fit(tokens, vqgan_bundle, model_bundle, 
     cases = [
         ({"vqgan": str(model_bundle)}, "were made by VQGAN"),
         ({"global_batch_size": 1000}, "fewer than global_batch_size"),
-        ({"model": train.PRESETS["tiny"]}, "codebook of 32 codes"),
+        ({"model": PRESETS["tiny"]}, "codebook of 32 codes"),
         ({"sample_prompts": str(tmp_path / "none.txt")}, "cannot be read"),
     ]
     for changes, words in cases:

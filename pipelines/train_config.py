@@ -1,0 +1,138 @@
+"""The settings of a training run of the U-Net: fields, presets, and what must fit together before a worker starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from paella.bundle import load_vqgan, vqgan_digests
+from paella.config import PRESETS, ModelConfig
+from paella.sampler import SamplingConfig
+from paella.training import NoiseConfig, OptimConfig
+from pipelines import cli, loop
+from pipelines.token_dataset import TokenDataset, require_vqgan
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    data: str
+    """Token dataset (directory or URI), written by tokenize_images."""
+    vqgan: str
+    """Bundle with the VQGAN that made the tokens."""
+    output: str
+    """Directory of the run; the same command with the same output continues it."""
+    model: ModelConfig
+    """U-Net and text encoders."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and learning-rate schedule."""
+    steps: int = 1_300_000
+    """Optimizer steps."""
+    global_batch_size: int = 2048
+    """Images per step over all workers."""
+    num_workers: int = 1
+    """Workers; each has one GPU, or its share of the CPUs."""
+    precision: str = "auto"
+    """Of forward and backward: bf16, float32, or auto (bf16 where the hardware multiplies it)."""
+    ema_decay: float = 0.9999
+    """Decay of the averaged weights, which sampling uses."""
+    label_smoothing: float = 0.1
+    """Of the cross-entropy."""
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    """Of tokens, and what is taken away from the conditions."""
+    init: str = "published"
+    """Initial weights: published, or short-run, which starts faster where there are only thousands of steps."""
+    seed: int = 0
+    """Order of the samples, noise and initial weights."""
+    checkpoint_every: int = 5000
+    """Steps between checkpoints."""
+    sample_every: int = 5000
+    """Steps between sheets of samples."""
+    sample_prompts: str | None = None
+    """Text file with the prompts of those sheets, one a line; the dataset's first captions if not given."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Settings of those samples."""
+    register_as: str = "paella"
+    """Name under which MLflow registers the model."""
+
+    def __post_init__(self) -> None:
+        loop.require_run(self, "sample_every")
+        if self.init not in ("published", "short-run"):
+            raise ValueError(f"init={self.init!r} is not allowed: published or short-run")
+
+
+def presets() -> dict[str, TrainConfig]:
+    """Training settings for each model preset; `data`, `vqgan` and `output` have to be given."""
+    from tyro import MISSING
+
+    places = {"data": MISSING, "vqgan": MISSING, "output": MISSING}
+    tiny = TrainConfig(
+        **places,
+        model=PRESETS["tiny"],
+        optim=OptimConfig(lr=1.5e-3, matrix_lr=1e-2, warmup_steps=50, final_lr_fraction=0.02, betas=(0.9, 0.99)),
+        steps=1400,
+        global_batch_size=64,
+        num_workers=2,
+        ema_decay=0.995,
+        label_smoothing=0.0,
+        noise=NoiseConfig(t_scale=1.55, drop_caption=0.1, keep_clip=0.9, keep_clip_image=0.2),
+        init="short-run",
+        checkpoint_every=200,
+        sample_every=280,
+        sampling=SamplingConfig(temperature=(1.0, 0.3), cfg=(1.5, 1.5)),
+    )
+    small = TrainConfig(**places, model=PRESETS["small"], steps=100_000, global_batch_size=256, ema_decay=0.999)
+    return {"tiny": tiny, "small": small, "paella-1b": TrainConfig(**places, model=PRESETS["paella-1b"])}
+
+
+def resolved(config: TrainConfig) -> TrainConfig:
+    """The config with absolute paths: workers run in directories of their own."""
+    text = dataclasses.replace(config.model.text, clip=cli.absolute_if_directory(config.model.text.clip))
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, text=text),
+        data=cli.absolute(config.data),
+        vqgan=cli.absolute(config.vqgan),
+        output=cli.absolute(config.output),
+        sample_prompts=None if config.sample_prompts is None else cli.absolute(config.sample_prompts),
+    )
+
+
+def check_data(config: TrainConfig) -> None:
+    """Raises ValueError where dataset, VQGAN, model and prompts do not fit together."""
+    dataset = TokenDataset(config.data)
+    dataset.num_batches(config.global_batch_size)
+    load_vqgan(config.vqgan)
+    require_vqgan(dataset.format, vqgan_digests(config.vqgan), config.data)
+    labels, multiple = config.model.unet.num_labels, config.model.unet.grid_multiple
+    if dataset.format.codebook_size != labels:
+        raise ValueError(
+            f"{config.data} has a codebook of {dataset.format.codebook_size} codes, the model's num_labels is {labels}"
+        )
+    if dataset.format.grid_height % multiple or dataset.format.grid_width % multiple:
+        raise ValueError(
+            f"{config.data} has a grid of {dataset.format.grid_height}x{dataset.format.grid_width} tokens, "
+            f"the model needs sides that are multiples of {multiple}"
+        )
+    if config.model.text.clip is not None and (width := dataset.require_clip()) != config.model.unet.clip_embd:
+        raise ValueError(
+            f"{config.data} has CLIP embeddings of width {width}, the model's clip_embd is {config.model.unet.clip_embd}"
+        )
+    sample_prompts(config)
+
+
+def sample_prompts(config: TrainConfig, num: int = 32) -> list[str]:
+    """The prompts of the sample sheets."""
+    if config.sample_prompts is None:
+        batch = next(TokenDataset(config.data).batches(seed=0, global_batch_size=1))
+        return batch.captions * num
+    try:
+        lines = Path(config.sample_prompts).read_text().splitlines()
+    except OSError as error:
+        raise ValueError(f"sample_prompts {config.sample_prompts} cannot be read: {error.strerror}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"sample_prompts {config.sample_prompts} has no prompts")
+    return prompts[:num]
