@@ -79,12 +79,13 @@ def measure(model: VQModel, sets: dict[str, np.ndarray]) -> dict[str, float]:
     return values | {"codes_in_use": metrics.codebook_use(torch.cat(indices), model.config.codebook_size)[0]}
 
 
-def train(kind: str, data: Path, output: Path, steps: int, seed: int) -> tuple[VQModel, float]:
+def train(kind: str, data: Path, output: Path, steps: int, seed: int, workers: int) -> tuple[VQModel, float]:
     """A trained VQGAN, and the seconds that took, start of Ray included."""
     began = time.monotonic()
     tiny = train_vqgan.presets()["tiny"]
     model = {"model": MODELS[kind], "encoder_context": True, "ema_decay": 0.995}
-    config = dataclasses.replace(tiny, data=str(data), output=str(output), steps=steps, seed=seed, **model)
+    places = {"data": str(data), "output": str(output)}
+    config = dataclasses.replace(tiny, **places, steps=steps, seed=seed, num_workers=workers, **model)
     return load_vqgan(str(train_vqgan.run(config)))[0], time.monotonic() - began
 
 
@@ -95,6 +96,7 @@ def main() -> None:
     parser.add_argument("--held-out", choices=PHOTOGRAPHS, default="grace_hopper")
     parser.add_argument("--quantizers", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--workers", type=int, default=1)
     arguments = parser.parse_args()
     others = [name for name in PHOTOGRAPHS if name != arguments.held_out]
     sets = {
@@ -106,7 +108,7 @@ def main() -> None:
         data = training_set(Path(root, "images"), others, arguments.images)
         for kind in arguments.quantizers:
             for seed in arguments.seeds:
-                model, seconds = train(kind, data, Path(root, f"{kind}-{seed}"), arguments.steps, seed)
+                model, seconds = train(kind, data, Path(root, f"{kind}-{seed}"), arguments.steps, seed, arguments.workers)
                 rows.append({"quantizer": kind, "seed": seed, "steps": arguments.steps, "seconds": round(seconds)})
                 rows[-1] |= measure(model, sets)
     print(f"\nheld out: {arguments.held_out}, {arguments.images} training images of {SIDE} pixels\n")

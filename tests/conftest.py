@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -193,12 +194,19 @@ def running(command: list, url: str, timeout_s: float = 90) -> Iterator[None]:
 
 
 @pytest.fixture
-def program():
-    """Run a program as a user would; returns the finished process."""
+def program(monkeypatch, capfd):
+    """Run a program's file as a user would, but in this process, which has imported everything; returns how it ended."""
 
-    def run(name: str, *arguments: object, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, ROOT / "pipelines" / f"{name}.py", *map(str, arguments)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
+    def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [str(ROOT / "pipelines" / f"{name}.py"), *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", command)
+        capfd.readouterr()  # what was there before
+        code = 0
+        try:
+            runpy.run_path(command[0], run_name="__main__")
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return subprocess.CompletedProcess(command, code, *capfd.readouterr())
 
     return run
 

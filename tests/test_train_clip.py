@@ -51,6 +51,7 @@ def test_finished_training_does_nothing(trained, scene_shards, capsys):
     assert before == {file: file.stat().st_mtime_ns for file in trained.rglob("*") if file.is_file()}
 
 
+@pytest.mark.slow  # the loop it shares with `train` is killed in tests of that
 def test_killed_and_rerun_gives_the_same_weights(scene_shards, tmp_path, ray_session):
     flags = [f"--model.{name.replace('_', '-')}={value}" for name, value in TOWERS.items()]
     command = [

@@ -128,6 +128,7 @@ def test_finished_training_does_nothing(undisturbed, dataset, capsys):
     assert before == {file: file.stat().st_mtime_ns for file in undisturbed.rglob("*") if file.is_file()}
 
 
+@pytest.mark.slow  # the loop it shares with `train` is killed in tests of that
 def test_killed_and_rerun_to_the_same_weights(undisturbed, dataset, tmp_path):
     output = tmp_path / "run"
     command = [sys.executable, ROOT / "pipelines/train_prior.py", "tiny", "--data", dataset, "--output", output, *SMALL, *LENGTH]
