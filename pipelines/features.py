@@ -30,8 +30,9 @@ from paella.vqgan import VQModel
 from pipelines import cli
 from pipelines.clip_columns import clip_digest
 from pipelines.progress import Progress
-from pipelines.sources import Sample, Unit, find_units, read_unit
+from pipelines.source_contract import Sample, Unit
 from pipelines.sources import captions as source_captions
+from pipelines.sources import find_units, read_unit
 from pipelines.token_dataset import TokenBatch, TokenDataset, require_vqgan
 
 CHUNK = 64

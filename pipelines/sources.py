@@ -1,15 +1,12 @@
-"""Where captioned images come from: a folder of images with `.txt` captions, or webdataset tars as img2dataset writes them.
-
-A unit is a slice of one shard, small enough to hold in memory. Its name says which samples it holds, so that one unit
-becomes one output shard that is known to be finished by its name alone.
-"""
+"""Where captioned images come from: a folder of images with `.txt` captions, or webdataset tars as img2dataset writes them."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import tarfile
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -17,47 +14,22 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from paella.images import center_crop, decode_image
+from pipelines.source_contract import Filtered, Reject, Row, Sample, SourceConfig, Unit, Wanted
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 @dataclass(frozen=True)
-class Sample:
-    """An encoded image and its caption."""
+class _Slice:
+    """Samples start … stop of a tar, or of the root of a folder tree, in the order of their keys."""
 
-    id: str
-    image: bytes
-    caption: str
-
-
-@dataclass(frozen=True)
-class Reject:
-    """A sample that cannot be used: in which stage, why (a short word to count by), and the details."""
-
-    id: str
-    stage: str
-    reason: str
-    detail: str
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Samples start … stop of one shard, in the order of their keys."""
-
-    name: str
-    """Names the unit's samples: other samples, another name."""
-    shard: str
-    """A tar, or the root of a folder tree."""
+    path: str
     start: int
     stop: int
-    prefix: str = ""
+    prefix: str
     """Put before a key to make an id that is unique in the whole set."""
-    files: tuple[str, ...] = ()
-    """The files of a folder's unit, below `shard`; a tar's members are in its headers."""
-
-    @property
-    def num_samples(self) -> int:
-        return self.stop - self.start
+    files: tuple[str, ...]
+    """The files of a folder's unit, below `path`; a tar's members are in its headers."""
 
 
 @dataclass
@@ -68,11 +40,12 @@ class _Members:
     captions: list[Any] = field(default_factory=list)
 
 
-def find_units(path: str, rows_per_unit: int = 1024) -> list[Unit]:
-    """All units below `path`, in stable order, from names and tar headers alone.
+def find_units(path: str, rows_per_unit: int = 1024, source: SourceConfig | None = None) -> list[Unit]:
+    """All units below `path`, in stable order, from listings, headers and footers alone.
 
     Raises ValueError where there is no such directory, no image in it, or no caption to any image.
     """
+    source = source or SourceConfig()
     root = Path(path)
     if not root.is_dir():
         raise ValueError(f"the input {path} is not a directory")
@@ -83,7 +56,7 @@ def find_units(path: str, rows_per_unit: int = 1024) -> list[Unit]:
         index = _tar_index(shard) if tars else _folder_index(root)
         num_images += sum(bool(members.images) for members in index.values())
         num_captioned += sum(bool(members.images and members.captions) for members in index.values())
-        units += _slices(root, shard, prefix, index, rows_per_unit)
+        units += _slices(root, shard, prefix, index, rows_per_unit, source)
     if not num_images:
         raise ValueError(f"the input {path} has no images ({', '.join(IMAGE_SUFFIXES)}, in folders or in .tar shards)")
     if not num_captioned:
@@ -91,20 +64,44 @@ def find_units(path: str, rows_per_unit: int = 1024) -> list[Unit]:
     return units
 
 
-def read_unit(unit: Unit, rows: Collection[int] | None = None) -> Iterator[Sample | Reject]:
-    """The unit's samples, all or those numbered in `rows`; what has no usable image or caption comes as a Reject."""
+def by_shard(units: Iterable[Unit]) -> list[list[Unit]]:
+    """Units that are best read together, by one call of `read_units`."""
+    return [list(together) for _, together in itertools.groupby(units, key=lambda unit: unit.shard)]
+
+
+def read_units(units: Sequence[Unit], wanted: Wanted | None = None) -> Iterator[tuple[Unit, Row]]:
+    """Each row of units of one shard, unit after unit in the order given; the shard is read once."""
+    for unit in units:
+        for row in read_unit(unit, wanted=wanted):
+            yield unit, row
+
+
+def read_unit(unit: Unit, rows: Collection[int] | None = None, wanted: Wanted | None = None) -> Iterator[Row]:
+    """The unit's rows, all, or one for each number in `rows`, ascending.
+
+    What has no usable image or caption comes as a Reject, what `wanted` turns down as a Filtered. Raises OSError where the store
+    fails, which is worth another attempt.
+    """
+    place: _Slice = unit.place
     chosen = range(unit.num_samples) if rows is None else sorted(rows)
-    if unit.files:
-        index = _group((name, name) for name in unit.files)
+    if place.files:
+        index = _group((name, name) for name in place.files)
         keys = sorted(index)
         for row in chosen:
-            yield _read(unit, keys[row], index[keys[row]], lambda name: (Path(unit.shard) / name).read_bytes())
+            read = _read(place, keys[row], index[keys[row]], lambda name: (Path(place.path) / name).read_bytes())
+            yield _unless_unwanted(read, wanted)
         return
-    index = _tar_index(Path(unit.shard))
-    keys = sorted(index)[unit.start : unit.stop]
-    with open(unit.shard, "rb") as tar:
+    index = _tar_index(Path(place.path))
+    keys = sorted(index)[place.start : place.stop]
+    with open(place.path, "rb") as tar:
         for row in chosen:
-            yield _read(unit, keys[row], index[keys[row]], lambda member: _member_bytes(tar, member))
+            read = _read(place, keys[row], index[keys[row]], lambda member: _member_bytes(tar, member))
+            yield _unless_unwanted(read, wanted)
+
+
+def _unless_unwanted(row: Row, wanted: Wanted | None) -> Row:
+    reason = wanted(row.caption, row.meta) if wanted and isinstance(row, Sample) else None
+    return row if reason is None else Filtered(row.id, reason)
 
 
 def _member_bytes(tar: BinaryIO, member: tarfile.TarInfo) -> bytes:
@@ -112,9 +109,9 @@ def _member_bytes(tar: BinaryIO, member: tarfile.TarInfo) -> bytes:
     return tar.read(member.size)
 
 
-def _read(unit: Unit, key: str, members: _Members, read: Callable[[Any], bytes]) -> Sample | Reject:
+def _read(place: _Slice, key: str, members: _Members, read: Callable[[Any], bytes]) -> Sample | Reject:
     # file names need not be UTF-8, but ids are
-    id = (unit.prefix + key).encode(errors="surrogateescape").decode(errors="backslashreplace")
+    id = (place.prefix + key).encode(errors="surrogateescape").decode(errors="backslashreplace")
     if len(members.images) > 1 or len(members.captions) > 1:
         detail = f"{len(members.images)} images, {len(members.captions)} captions"
         return Reject(id, "read", "duplicate-key", detail)
@@ -131,7 +128,7 @@ def _read(unit: Unit, key: str, members: _Members, read: Callable[[Any], bytes])
     return Sample(id, image, caption) if caption else Reject(id, "read", "empty-caption", "the .txt caption is empty")
 
 
-def _slices(root: Path, shard: Path, prefix: str, index: dict[str, _Members], size: int) -> Iterator[Unit]:
+def _slices(root: Path, shard: Path, prefix: str, index: dict[str, _Members], size: int, source: SourceConfig) -> Iterator[Unit]:
     keys = sorted(index)
     place = shard.relative_to(root)
     for start in range(0, len(keys), size):
@@ -141,7 +138,7 @@ def _slices(root: Path, shard: Path, prefix: str, index: dict[str, _Members], si
         files: tuple[str, ...] = ()
         if shard == root:
             files = tuple(name for key in part for name in index[key].images + index[key].captions)
-        yield Unit(name, str(shard), start, start + len(part), prefix, files)
+        yield Unit(name, len(part), str(shard), source, _Slice(str(shard), start, start + len(part), prefix, files))
 
 
 def _group(files: Iterable[tuple[str, Any]]) -> dict[str, _Members]:

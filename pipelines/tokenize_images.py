@@ -36,7 +36,8 @@ from paella.images import center_crop, decode_image, to_tensor
 from paella.storage import new_file
 from pipelines import cli
 from pipelines.clip_columns import ClipColumns, clip_digest, fixed_size_lists
-from pipelines.sources import Reject, Sample, Unit, find_units, read_unit
+from pipelines.source_contract import Reject, Sample, Unit
+from pipelines.sources import find_units, read_unit
 from pipelines.token_dataset import FORMAT_VERSION, TokenFormat
 
 REJECTS = pa.schema([(name, pa.string()) for name in ("id", "stage", "reason", "detail")])
@@ -179,8 +180,8 @@ class DecodeUnit:
         samples: list[dict] = []
         rejects: list[dict] = []
         for item in read_unit(unit):
-            reject = item if isinstance(item, Reject) else self._decode(item, images, samples)
-            if reject:
+            reject = self._decode(item, images, samples) if isinstance(item, Sample) else item
+            if isinstance(reject, Reject):
                 rejects.append(dataclasses.asdict(reject))
         pixels = pa.py_buffer(images[: len(samples)].reshape(-1))
         return pa.table(

@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from paella.images import center_crop, decode_image
-from pipelines.sources import Sample, Unit, find_units, read_unit
+from pipelines.source_contract import Sample, Unit
+from pipelines.sources import find_units, read_unit
 
 UNIT_ROWS = 256
 MIXED_UNITS = 4

@@ -9,7 +9,8 @@ from PIL import Image
 
 from pipelines.img2dataset_layout import write_folder, write_webdataset
 from pipelines.scenes import scenes
-from pipelines.sources import IMAGE_SUFFIXES, Reject, Sample, captions, decode_all, find_units, read_unit
+from pipelines.source_contract import Reject, Sample
+from pipelines.sources import IMAGE_SUFFIXES, captions, decode_all, find_units, read_unit
 
 
 def png(colour=(200, 30, 30), size=(20, 16)) -> bytes:
