@@ -125,7 +125,7 @@ def write_prompts(root: Path, config: DemoConfig) -> Path:
     if config.data is None:
         captions = [scenes.caption(scene) for scene, _ in scenes.scenes(config.num_prompts, seed=2, held_out=True)]
     else:
-        from pipelines.sources import captions as source_captions
+        from pipelines.image_sets import captions as source_captions
 
         captions = source_captions(config.data, config.num_prompts)
     file = root / "prompts.txt"

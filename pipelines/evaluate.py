@@ -36,7 +36,7 @@ from paella.storage import new_file
 from paella.weights import read_config
 from pipelines import cli, evaluate_vqgan, evaluation_report, features, generate, scene_checker, scenes, tracking
 from pipelines.features import Networks
-from pipelines.sources import decode_captioned
+from pipelines.image_sets import decode_captioned
 
 METRICS = {
     "fid": ("reference", "inception"),

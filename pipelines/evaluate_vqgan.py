@@ -26,7 +26,7 @@ from paella.storage import new_file
 from paella.vq_losses import ClipDistance, perceptual_distance
 from paella.vqgan import VQModel
 from pipelines import cli
-from pipelines.sources import decode_captioned
+from pipelines.image_sets import decode_captioned
 from pipelines.train_vqgan import reconstruction_sheet
 
 GROUPS = {

@@ -29,9 +29,9 @@ from paella.storage import first_line, new_file
 from paella.vqgan import VQModel
 from pipelines import cli
 from pipelines.clip_columns import clip_digest
+from pipelines.image_sets import captions as source_captions
 from pipelines.progress import Progress
 from pipelines.source_contract import Sample, Unit
-from pipelines.sources import captions as source_captions
 from pipelines.sources import find_units, read_unit
 from pipelines.token_dataset import TokenBatch, TokenDataset, require_vqgan
 

@@ -16,9 +16,9 @@ from paella.images import contact_sheet, to_uint8
 from paella.metrics import codebook_use
 from paella.storage import new_file
 from pipelines import scene_checker, scenes, tracking
+from pipelines.image_sets import captions as source_captions
+from pipelines.image_sets import decode_all
 from pipelines.progress import duration
-from pipelines.sources import captions as source_captions
-from pipelines.sources import decode_all
 from pipelines.stages import Stages
 from pipelines.train_config import presets
 from pipelines.train_vqgan import reconstruct, reconstruction_sheet

@@ -28,8 +28,9 @@ from paella.parallel import compute_dtype
 from paella.storage import new_directory, new_file
 from paella.training import OptimConfig
 from pipelines import cli, loop, tracking
+from pipelines.image_sets import decode_captioned
 from pipelines.progress import Progress
-from pipelines.sources import decode_captioned, find_units
+from pipelines.sources import find_units
 from pipelines.workers import fit, setup_worker
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)

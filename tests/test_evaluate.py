@@ -20,7 +20,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from paella.bundle import load_bundle
 from pipelines import evaluate, features, tracking
 from pipelines.evaluate import EvaluateConfig
-from pipelines.sources import decode_captioned
+from pipelines.image_sets import decode_captioned
 from pipelines.token_dataset import TokenFormat
 
 

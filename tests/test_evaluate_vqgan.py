@@ -13,7 +13,7 @@ from paella.images import to_tensor
 from paella.vq_losses import ClipDistance
 from pipelines import evaluate_vqgan
 from pipelines.evaluate_vqgan import EvaluateVQConfig, by_group, verdict
-from pipelines.sources import decode_captioned
+from pipelines.image_sets import decode_captioned
 
 
 @pytest.fixture(scope="module")

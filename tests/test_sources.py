@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.image_sets import captions, decode_all
 from pipelines.img2dataset_layout import write_folder, write_webdataset
 from pipelines.scenes import scenes
 from pipelines.source_contract import Reject, Sample
-from pipelines.sources import IMAGE_SUFFIXES, captions, decode_all, find_units, read_unit
+from pipelines.source_files import IMAGE_SUFFIXES
+from pipelines.sources import find_units, read_unit
 
 
 def png(colour=(200, 30, 30), size=(20, 16)) -> bytes:
@@ -96,7 +98,7 @@ def test_hostile_files_in_a_folder(tmp_path):
 
 def test_hostile_members_of_a_tar(tmp_path):
     repeated = [("again.jpg", png()), ("again.txt", b"first"), ("again.jpg", png()), ("again.txt", b"second")]
-    write_tar(tmp_path / "a.tar", HOSTILE + repeated + [("lonely.txt", b"no image"), ("good.json", b"{}")])
+    write_tar(tmp_path / "a.tar", HOSTILE + repeated + [("lonely.txt", b"no image")])
     rows = read_all(str(tmp_path), rows_per_unit=2)
     expected = HOSTILE_REASONS | {"again": "duplicate-key", "lonely": "no-image"}
     assert reasons(rows) == {f"a/{key}": reason for key, reason in expected.items()}
@@ -145,13 +147,6 @@ def test_a_user_s_mistakes_are_named(tmp_path):
     write_files(tmp_path / "a", [(f"x{suffix}", png()) for suffix in IMAGE_SUFFIXES])
     with pytest.raises(ValueError, match="has no captions: each image needs"):
         find_units(str(tmp_path / "a"))
-    write_tar(tmp_path / "b" / "0.tar", [("0.png", png()), ("1.txt", b"of another key")])
-    with pytest.raises(ValueError, match="has no captions"):
-        find_units(str(tmp_path / "b"))
-    tar = tmp_path / "b" / "0.tar"
-    tar.write_bytes(tar.read_bytes()[:700])
-    with pytest.raises(ValueError, match=r"0\.tar is damaged"):
-        find_units(str(tmp_path / "b"))
 
 
 def test_decode_all_selects_evenly_and_leaves_out_what_it_cannot_read(tmp_path, capsys):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from paella.conditioning import load_clip
 from pipelines import train_clip
-from pipelines.sources import decode_captioned
+from pipelines.image_sets import decode_captioned
 
 TOWERS = {"patch_size": 16, "width": 32, "layers": 1, "text_width": 32}
 
