@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import ipaddress
 import socket
@@ -203,7 +204,7 @@ def refusals() -> Iterator[None]:
         raise Refusal("timeout", "no complete answer in time", again=True) from error
     except aiohttp.TooManyRedirects as error:
         raise Refusal("too-many-redirects", f"more than {MAX_REDIRECTS}") from error
-    except (aiohttp.InvalidURL, ValueError) as error:  # other schemes too
+    except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError, ValueError) as error:
         raise Refusal("bad-url", error) from error
     except aiohttp.ClientConnectorDNSError as error:
         raise Refusal("dns", error, again=error.os_error.errno == socket.EAI_AGAIN) from error
@@ -218,7 +219,7 @@ def public_socket(address_info: tuple) -> socket.socket:
     """A socket to connect to an address. Raises OSError where that is not a public one."""
     family, kind, protocol, _, address = address_info
     if not is_public(address[0]):
-        raise OSError(f"{address[0]} is {PRIVATE}")
+        raise OSError(errno.EACCES, f"{address[0]} is {PRIVATE}")
     return socket.socket(family, kind, protocol)
 
 

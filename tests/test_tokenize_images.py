@@ -164,11 +164,10 @@ def test_two_stages_the_other_layout_and_another_batch_size_give_the_same_tokens
     folder = write_folder(tmp_path / "folder", scenes(50, seed=0, held_out=False), shard_size=20)
     settings = config(folder, vqgan, tmp_path / "out", batch_size=7, rows_per_unit=1024)
     (tmp_path / "out" / "rejects").mkdir(parents=True)
-    (unit,) = find_units(str(folder), 1024)
-
-    decoded = ray.get(ray.put(DecodeUnit(32)(pa.table({"unit": [pickle.dumps(unit)]}))))
-    counts = EncodeUnit(settings)(decoded)
-    assert counts.to_pylist() == [{"rows_in": 50}]
+    decode, encode = DecodeUnit(32), EncodeUnit(settings)
+    units = find_units(str(folder), 1024)
+    decoded = [ray.get(ray.put(decode(pa.table({"unit": [pickle.dumps(unit)]})))) for unit in units]
+    assert [encode(table)["rows_in"].to_pylist() for table in decoded] == [[20], [20], [10]]
     ours, theirs = rows_of(tmp_path / "out"), rows_of(dataset)
     assert {i.split("/")[-1]: row["tokens"] for i, row in ours.items()} == {i: row["tokens"] for i, row in theirs.items()}
 
