@@ -39,6 +39,8 @@ class TarSlice:
     """It reads on to the tar's end, and says what is damaged or missing there."""
     offset: int | None = None
     """Byte of the tar where sample `start` begins (for `is_last`, one before it may); None where its headers were not read."""
+    damage: str | None = None
+    """What was found at the end of those headers."""
     repeated: frozenset[int] = frozenset()
     """Samples whose keys others before `start` have."""
     table: str | None = None
@@ -109,6 +111,7 @@ def _counted(tree: Tree, tar: str, size: int) -> Iterator[tuple[TarSlice, int, s
             stop=stop,
             is_last=stop == len(contents),
             offset=offsets[start] if start < len(offsets) else tree.sizes[tar],
+            damage=damage if stop == len(contents) else None,
             repeated=frozenset(number for number in range(start, min(stop, len(first))) if first[number] < start),
         )
         yield place, stop - start, _digest(tar, contents[start:stop])
@@ -180,7 +183,8 @@ class _Pass:
             while waiting and number >= waiting[0].place.stop and not waiting[0].place.is_last:
                 waiting.pop(0)
             if waiting and number >= waiting[0].place.start:
-                yield waiting[0], number, Reject(utf8(f"{self.place.name}.tar"), "read", "damaged-shard", str(damage))
+                detail = waiting[0].place.damage or str(damage)
+                yield waiting[0], number, Reject(utf8(f"{self.place.name}.tar"), "read", "damaged-shard", detail)
 
     def _max_bytes(self, index: int, suffix: str) -> int:
         number = self.base + index
