@@ -45,7 +45,7 @@ class LostSlice:
     stop: int | None
 
 
-def find(tree: Tree, names: Iterable[str], source: SourceConfig, rows_per_unit: int) -> Iterator[Unit]:
+def find(tree: Tree, names: Collection[str], source: SourceConfig, rows_per_unit: int) -> Iterator[Unit]:
     """Units of the samples among the files `names`. Texts without an image (README.txt, prompts) are no samples.
 
     Raises ValueError where no image has a caption.
@@ -60,7 +60,8 @@ def find(tree: Tree, names: Iterable[str], source: SourceConfig, rows_per_unit: 
             if not folder or folder in shards:  # those of img2dataset only once it has finished them
                 folders.setdefault(folder, {}).setdefault(str(path.with_suffix("")), []).append(path.suffix)
     with_image = {key: kinds for files in folders.values() for key, kinds in files.items() if _has(kinds, IMAGE_SUFFIXES)}
-    if with_image and not any(_has(kinds, (".txt", ".json")) for kinds in with_image.values()):
+    everything = len(names) == len(tree.sizes)
+    if everything and with_image and not any(_has(kinds, (".txt", ".json")) for kinds in with_image.values()):
         raise ValueError(f"the input {tree.root} has no captions: each image needs a .txt file of the same name")
     for folder in sorted({*folders, *(shard for shard in shards if f"{shard}.parquet" in tree.sizes)}):
         suffixes = folders.get(folder, {})

@@ -214,23 +214,29 @@ def _values(units: Sequence[Unit], rows: Collection[int] | None) -> Iterator[tup
 
 
 def _table_rows(place: RowSlice, stop: int) -> Iterator[dict[str, Any] | None]:
-    """The first `stop` rows of the row groups; after damage, None for each that is left."""
-    number = 0
-    size = BATCH_ROWS if place.columns.image else 1024
+    """The first `stop` rows of the row groups; None for each that a damaged row group has lost."""
+    left = stop
+    with open_native(place.uri) as file:
+        table = pq.ParquetFile(file, buffer_size=8 << 20 if is_remote(place.uri) else 1 << 18)
+        for group in place.groups:
+            rows = min(left, table.metadata.row_group(group).num_rows)
+            yield from _group_rows(table, group, rows, place.columns)
+            left -= rows
+
+
+def _group_rows(table: pq.ParquetFile, group: int, num_rows: int, layout: Columns) -> Iterator[dict[str, Any] | None]:
+    done = 0
     try:
-        with open_native(place.uri) as file:
-            table = pq.ParquetFile(file, buffer_size=8 << 20 if is_remote(place.uri) else 1 << 18)
-            for batch in table.iter_batches(size, row_groups=list(place.groups), columns=place.columns.all()):
-                for values in _rows_of(batch.slice(0, stop - number)):
-                    yield values
-                    number += 1
-                if number == stop:
-                    return
+        for batch in table.iter_batches(BATCH_ROWS if layout.image else 1024, row_groups=[group], columns=layout.all()):
+            for values in _rows_of(batch.slice(0, num_rows - done)):
+                yield values
+                done += 1
+            if done == num_rows:
+                return
     except (OSError, pa.ArrowInvalid) as error:
         if "AWS Error" in str(error):  # the store, which may do better the next time
             raise
-    for _ in range(stop - number):
-        yield None
+    yield from [None] * (num_rows - done)
 
 
 def _rows_of(batch: pa.RecordBatch) -> list[dict[str, Any]]:
@@ -255,7 +261,7 @@ def _id(place: RowSlice, values: dict[str, Any], number: int) -> str:
 
 def _rejected(values: dict[str, Any] | None, id: str, unit: Unit) -> Reject | None:
     if values is None:
-        return Reject(id, "read", "damaged-shard", f"{unit.place.uri} cannot be read from an earlier row on")
+        return Reject(id, "read", "damaged-shard", "the row group is damaged")
     if unit.place.columns.status and values["status"] != "success":
         return Reject(id, "source", *failure(id, values["status"], values["error_message"])[1:])
     return None
