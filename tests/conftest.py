@@ -126,7 +126,7 @@ def s3_server(tmp_path_factory) -> Iterator[dict[str, str]]:
         f"-dir={root}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-master.port={master}",
         f"-volume.port={volume}",
         "-filer", f"-filer.port={filer}", "-s3", f"-s3.port={s3}", f"-s3.config={root}/s3.json", "-volume.max=20",
-        "-master.volumeSizeLimitMB=64",
+        "-master.volumeSizeLimitMB=64", "-s3.port.iceberg=0", "-s3.port.lance=0",  # their default ports may be taken
     ]  # fmt: skip
     endpoint = f"http://127.0.0.1:{s3}"
     with running(command, f"{endpoint}/status"):
