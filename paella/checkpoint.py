@@ -1,32 +1,77 @@
-"""Training state on disk: every rank writes its shards (torch.distributed.checkpoint), any number of ranks reads them."""
+"""Training state on disk: every rank writes its shards (torch.distributed.checkpoint), any number of ranks reads them.
+
+A manifest with the digest of every file is written last: a directory without one is no checkpoint, and one whose files
+are not what the manifest says is damaged.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from paella.ema import Ema
 
-
-def save(directory: str | Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], ema: Ema, step: int) -> None:
-    """Write the state after `step` optimizer steps. Every rank must call it."""
-    dcp.save(_state(model, optimizers, ema, step), checkpoint_id=str(directory))
+MANIFEST = "manifest.json"
 
 
-def load(directory: str | Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], ema: Ema) -> int:
-    """Read a state in place; returns its step. Every rank must call it."""
-    state = _state(model, optimizers, ema, 0)
-    dcp.load(state, checkpoint_id=str(directory))
-    set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    return int(state["step"])
+class TrainingState:
+    """What a training run holds: module, optimizers and averages; all ranks together write it, and read it in place."""
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], ema: Ema) -> None:
+        self.model, self.optimizers, self.ema = model, optimizers, ema
+
+    def save(self, directory: Path, group: dist.ProcessGroup | None = None, *, asynchronous: bool = False) -> Future[None]:
+        """Write this rank's shards; asynchronous: copied now, written by a thread, whose collectives go through `group`."""
+        writer = dcp.FileSystemWriter(directory)
+        if asynchronous:
+            saving = dcp.async_save(self._values(), storage_writer=writer, process_group=group)
+            assert isinstance(saving, Future)
+            return saving
+        done: Future[None] = Future()
+        try:
+            dcp.save(self._values(), storage_writer=writer, process_group=group)
+            done.set_result(None)
+        except (Exception, dcp.CheckpointException) as error:  # kept, as the thread would
+            done.set_exception(error)
+        return done
+
+    def load(self, uri: str) -> None:
+        """Read a directory or URI of shards, each rank what it needs of them."""
+        values = self._values()
+        dcp.load(values, storage_reader=_reader(uri))
+        set_state_dict(self.model, self.optimizers, model_state_dict=values["model"], optim_state_dict=values["optimizer"])
+
+    def _values(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self.optimizers)
+        return {"model": model, "optimizer": optimizer, "ema": self.ema.shadow}
 
 
-def _state(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], ema: Ema, step: int) -> dict[str, Any]:
-    model_state, optimizer_state = get_state_dict(model, optimizers)
-    return {"model": model_state, "optimizer": optimizer_state, "ema": ema.shadow, "step": torch.tensor(step)}
+def _reader(uri: str) -> dcp.FileSystemReader:
+    if "://" not in uri:
+        return dcp.FileSystemReader(uri)
+    from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+
+    return FsspecReader(uri)
+
+
+def digest(file: BinaryIO) -> str:
+    """SHA-256 of an open file."""
+    hashed = hashlib.sha256()
+    while block := file.read(1 << 22):
+        hashed.update(block)
+    return hashed.hexdigest()
+
+
+def manifest(step: int, progress: dict[str, Any], digests: dict[str, str]) -> bytes:
+    """The manifest of the state after `step` steps; progress is what else the run has to remember, as JSON values."""
+    return json.dumps({"step": step, "progress": progress, "files": digests}, indent=1).encode()

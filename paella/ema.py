@@ -21,6 +21,12 @@ class Ema:
         self.shadow = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
 
     @torch.no_grad()
+    def restart(self, model: nn.Module) -> None:
+        """Forget what was before: the averages are the weights."""
+        for average, value in zip(*self._local(model), strict=True):
+            average.copy_(value)
+
+    @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
         averages, values = self._local(model)

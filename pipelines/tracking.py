@@ -90,6 +90,11 @@ def metric_history(run: Run, key: str) -> list[tuple[int, float]]:
     return sorted({metric.step: metric.value for metric in sorted(history, key=lambda m: m.timestamp)}.items())
 
 
+def last_step(run: Run, key: str) -> int:
+    """The last step of which a metric is logged, 0 where there is none."""
+    return max((metric.step for metric in run.client().get_metric_history(run.run_id, key)), default=0)
+
+
 def finish_run(run: Run, bundle: Path | None = None, registered_name: str | None = None) -> str | None:
     """End the run; log the bundle and register it as a model. Returns the model's URI by its alias `newest`."""
     client = run.client()

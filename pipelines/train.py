@@ -10,6 +10,7 @@ The output holds `model` (a bundle), `samples/`, checkpoints and the id of the r
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from paella.training import TextToTokens, draw_noise, loss_and_metrics, metrics_
 from pipelines import cli, loop, tracking
 from pipelines.export import save_trained
 from pipelines.progress import Progress
+from pipelines.recovery import Guard
 from pipelines.samples import Samples
 from pipelines.token_dataset import TokenBatch, TokenDataset
 from pipelines.train_config import TrainConfig, check_data, presets, resolved
@@ -46,7 +48,7 @@ def run(config: TrainConfig) -> Path:
     mlflow_run = tracking.open_run(output, f"train {output.name}", values)
     if not (bundle / "config.json").exists():
         cli.start_ray()
-        fit(train_worker, {"config": config, "mlflow_run": mlflow_run}, output, config.num_workers)
+        fit(train_worker, {"config": config, "mlflow_run": mlflow_run})
     uri = tracking.finish_run(mlflow_run, bundle, config.register_as)
     with new_file(finished) as file:
         file.write_text(f"{uri}\n")
@@ -68,20 +70,6 @@ def train_worker(arguments: dict) -> None:
     shard(model, compute_dtype(config.precision, device))
     optimizers = config.optim.optimizers(model)
     ema = Ema(model, config.ema_decay)
-    start = loop.resume(model, optimizers, ema)
-    samples = Samples(config, vqgan, arguments["mlflow_run"], rank, world_size, device)
-    if rank == 0:
-        print(f"{num_parameters / 1e6:.1f} M parameters on {world_size} workers, from step {start}", flush=True)
-
-    batches = TokenDataset(config.data).batches(
-        seed=config.seed,
-        global_batch_size=config.global_batch_size,
-        rank=rank,
-        world_size=world_size,
-        start_step=start,
-        clip=config.model.text.clip is not None,
-    )
-    progress = Progress("train", config.steps, start, enabled=rank == 0)
     report = loop.Report(
         arguments["mlflow_run"],
         metrics_of,
@@ -90,15 +78,28 @@ def train_worker(arguments: dict) -> None:
         global_batch_size=config.global_batch_size,
         unit="images",
     )
-    for step, batch in zip(range(start, config.steps), batches, strict=False):
-        sums, norm, lr = train_step(model, optimizers, config, step, batch, device)
+    training = loop.Training(config, arguments["mlflow_run"], model, optimizers, ema, report)
+    samples = Samples(config, vqgan, arguments["mlflow_run"], rank, world_size, device)
+    if rank == 0:
+        print(f"{num_parameters / 1e6:.1f} M parameters on {world_size} workers, from step {training.step}", flush=True)
+    progress = Progress("train", config.steps, training.step, enabled=rank == 0)
+    batches = functools.partial(
+        TokenDataset(config.data).batches,
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        rank=rank,
+        world_size=world_size,
+        clip=config.model.text.clip is not None,
+    )
+    for step, batch in training.steps(lambda start: batches(start_step=start)):
+        sums, norm, lr = train_step(model, optimizers, config, step, batch, device, training.guard)
         ema.update(model, step)
         progress.update(step + 1, report.step(step, sums, norm, lr))
         done = step + 1
         if done % config.sample_every == 0 or done == config.steps:
             samples.draw(model, ema, done)
-        if done % config.checkpoint_every == 0 and done < config.steps:
-            loop.save_checkpoint(model, optimizers, ema, done)
+    if training.ended:
+        return
     with ema.swapped_into(model):
         state = full_state_dict(model)
     if rank == 0:
@@ -107,8 +108,14 @@ def train_worker(arguments: dict) -> None:
 
 
 def train_step(
-    model: TextToTokens, optimizers: loop.Optimizers, config: TrainConfig, step: int, batch: TokenBatch, device: torch.device
-) -> tuple[Tensor, Tensor, float]:
+    model: TextToTokens,
+    optimizers: loop.Optimizers,
+    config: TrainConfig,
+    step: int,
+    batch: TokenBatch,
+    device: torch.device,
+    guard: Guard,
+) -> tuple[Tensor, float, float]:
     """One optimizer step on this worker's slice of a global batch; returns the metrics' sums, the gradient's norm, the rate."""
     lr = config.optim.set_lr(optimizers, step, config.steps)
     tokens = torch.from_numpy(batch.tokens)
@@ -125,7 +132,7 @@ def train_step(
         logits = model(*inputs, keep.to(device), *embeddings)
     moved = dataclasses.replace(draws, t=draws.t.to(device), weight=draws.weight.to(device))
     loss, sums = loss_and_metrics(logits, tokens.to(device), moved, config.label_smoothing)
-    return sums, loop.optimizer_step(model, optimizers, loss, config.optim.grad_clip), lr
+    return sums, loop.optimizer_step(model, optimizers, loss, config.optim.grad_clip, guard), lr
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ The same command again continues from the newest checkpoint; a finished run says
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ from paella.training import OptimConfig
 from pipelines import cli, loop, tracking
 from pipelines.image_sets import decode_captioned
 from pipelines.progress import Progress
+from pipelines.recovery import RecoveryConfig
 from pipelines.sources import find_units
 from pipelines.workers import fit, setup_worker
 
@@ -92,6 +94,13 @@ class TrainClipConfig:
     """Initial weights and order of the images."""
     checkpoint_every: int = 150
     """Steps between checkpoints."""
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    """Checkpoints beside those of checkpoint_every, and what happens when something goes wrong."""
+
+    @property
+    def num_workers(self) -> int:
+        """One: the loss compares all pairs of a batch."""
+        return 1
 
     def __post_init__(self) -> None:
         loop.require_counts(self, "steps", "batch_size", "checkpoint_every", "max_images")
@@ -120,7 +129,7 @@ def run(config: TrainClipConfig) -> Path:
         return model
     cli.start_ray()
     mlflow_run = tracking.open_run(output, f"train_clip {output.name}", values)
-    fit(train_worker, {"config": config, "mlflow_run": mlflow_run}, output, num_workers=1)
+    fit(train_worker, {"config": config, "mlflow_run": mlflow_run})
     tracking.finish_run(mlflow_run)
     report = json.loads((output / "report.json").read_text())
     print(f"trained: {model}  of {report['images']} captions the right one is found for {report['retrieval']:.0%} of the images")
@@ -139,12 +148,12 @@ def train_worker(arguments: dict) -> None:
     model = open_clip.CLIP(**config.model.open_clip(config.image_size)).to(device).train()
     optimizers = config.optim.optimizers(model)
     ema = Ema(model, config.ema_decay)
-    start = loop.resume(model, optimizers, ema)
+    run = loop.Training(config, arguments["mlflow_run"], model, optimizers, ema)
     dtype = compute_dtype(config.precision, device)
     training, loss_of = torch.nonzero(~held_back)[:, 0], open_clip.ClipLoss()
-    print(f"CLIP on {len(training)} images, from step {start}", flush=True)
-    progress = Progress("clip", config.steps, start)
-    for step in range(start, config.steps):
+    print(f"CLIP on {len(training)} images, from step {run.step}", flush=True)
+    progress = Progress("clip", config.steps, run.step)
+    for step, _ in run.steps(itertools.count):
         # one generator per step: a resumed run draws what an undisturbed one would
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         chosen = training[torch.randperm(len(training), generator=generator)[: config.batch_size]]
@@ -152,15 +161,15 @@ def train_worker(arguments: dict) -> None:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             image, text, scale = model(pixels(images[chosen.numpy()]).to(device), ids[chosen].to(device))
         loss = loss_of(image.float(), text.float(), scale.float())
-        loop.optimizer_step(model, optimizers, loss, config.optim.grad_clip)
+        loop.optimizer_step(model, optimizers, loss, config.optim.grad_clip, run.guard)
         ema.update(model, step)
         done = step + 1
         if done % 50 == 0 or done == config.steps:
             tracking.log_metrics(arguments["mlflow_run"], {"loss": loss.item()}, done)
             progress.update(done, f"loss {loss.item():.3f}")
         progress.update(done)
-        if done % config.checkpoint_every == 0 and done < config.steps:
-            loop.save_checkpoint(model, optimizers, ema, done)
+    if run.ended:
+        return
     with ema.swapped_into(model):
         finish(config, model.cpu().eval(), images[held_back.numpy()], ids[held_back], arguments["mlflow_run"])
 

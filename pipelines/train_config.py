@@ -11,6 +11,7 @@ from paella.config import PRESETS, ModelConfig
 from paella.sampler import SamplingConfig
 from paella.training import NoiseConfig, OptimConfig
 from pipelines import cli, loop
+from pipelines.recovery import RecoveryConfig
 from pipelines.token_dataset import TokenDataset, require_vqgan
 
 
@@ -34,6 +35,8 @@ class TrainConfig:
     """Images per step over all workers."""
     num_workers: int = 1
     """Workers; each has one GPU, or its share of the CPUs."""
+    min_workers: int | None = None
+    """Train on as few workers as this where there is no room for num_workers, and on more once there is; None: wait for room."""
     precision: str = "auto"
     """Of forward and backward: bf16, float32, or auto (bf16 where the hardware multiplies it)."""
     ema_decay: float = 0.9999
@@ -48,6 +51,8 @@ class TrainConfig:
     """Order of the samples, noise and initial weights."""
     checkpoint_every: int = 5000
     """Steps between checkpoints."""
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    """Checkpoints beside those of checkpoint_every, and what happens when something goes wrong."""
     sample_every: int = 5000
     """Steps between sheets of samples."""
     sample_prompts: str | None = None

@@ -11,6 +11,7 @@ prior.safetensors), checkpoints, the id of the run in MLflow and, with --bundle,
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from paella.training import NUM_BUCKETS, OptimConfig, means_by_level, sums_by_le
 from paella.weights import read_config
 from pipelines import cli, loop, tracking
 from pipelines.progress import Progress
+from pipelines.recovery import Guard, RecoveryConfig
 from pipelines.token_dataset import ClipBatch, TokenDataset
 from pipelines.workers import fit, setup_worker
 
@@ -54,6 +56,8 @@ class TrainPriorConfig:
     """Pairs of embeddings per step over all workers."""
     num_workers: int = 1
     """Workers; each has one GPU, or its share of the CPUs."""
+    min_workers: int | None = None
+    """Train on as few workers as this where there is no room for num_workers, and on more once there is; None: wait for room."""
     precision: str = "auto"
     """Of forward and backward: bf16, float32, or auto (bf16 where the hardware multiplies it)."""
     ema_decay: float = 0.999
@@ -64,6 +68,8 @@ class TrainPriorConfig:
     """Order of the samples, noise and initial weights."""
     checkpoint_every: int = 5000
     """Steps between checkpoints."""
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    """Checkpoints beside those of checkpoint_every, and what happens when something goes wrong."""
 
     def __post_init__(self) -> None:
         loop.require_run(self)
@@ -107,7 +113,7 @@ def run(config: TrainPriorConfig) -> Path:
     mlflow_run = tracking.open_run(output, f"train_prior {output.name}", values)
     if not (model / "config.json").exists():
         cli.start_ray()
-        fit(train_worker, {"config": config, "mlflow_run": mlflow_run}, output, config.num_workers)
+        fit(train_worker, {"config": config, "mlflow_run": mlflow_run})
     join_bundle(config, model)
     uri = tracking.log_directory(mlflow_run, model)
     tracking.finish_run(mlflow_run)
@@ -151,28 +157,26 @@ def train_worker(arguments: dict) -> None:
     shard(model, compute_dtype(config.precision, device))
     optimizers = config.optim.optimizers(model)
     ema = Ema(model, config.ema_decay)
-    start = loop.resume(model, optimizers, ema)
+    report = loop.Report(
+        arguments["mlflow_run"], means, steps=config.steps, global_batch_size=config.global_batch_size, unit="pairs"
+    )
+    training = loop.Training(config, arguments["mlflow_run"], model, optimizers, ema, report)
     if rank == 0:
-        print(f"{num_parameters / 1e6:.1f} M parameters on {world_size} workers, from step {start}", flush=True)
-
-    batches = TokenDataset(config.data).clip_batches(
+        print(f"{num_parameters / 1e6:.1f} M parameters on {world_size} workers, from step {training.step}", flush=True)
+    progress = Progress("prior", config.steps, training.step, enabled=rank == 0)
+    batches = functools.partial(
+        TokenDataset(config.data).clip_batches,
         seed=config.seed,
         global_batch_size=config.global_batch_size,
         rank=rank,
         world_size=world_size,
-        start_step=start,
     )
-    progress = Progress("prior", config.steps, start, enabled=rank == 0)
-    report = loop.Report(
-        arguments["mlflow_run"], means, steps=config.steps, global_batch_size=config.global_batch_size, unit="pairs"
-    )
-    for step, batch in zip(range(start, config.steps), batches, strict=False):
-        sums, norm, lr = train_step(model, optimizers, config, step, batch, device)
+    for step, batch in training.steps(lambda start: batches(start_step=start)):
+        sums, norm, lr = train_step(model, optimizers, config, step, batch, device, training.guard)
         ema.update(model, step)
         progress.update(step + 1, report.step(step, sums, norm, lr))
-        done = step + 1
-        if done % config.checkpoint_every == 0 and done < config.steps:
-            loop.save_checkpoint(model, optimizers, ema, done)
+    if training.ended:
+        return
     with ema.swapped_into(model):
         state = full_state_dict(model)
     if rank == 0:
@@ -181,8 +185,14 @@ def train_worker(arguments: dict) -> None:
 
 
 def train_step(
-    model: Prior, optimizers: loop.Optimizers, config: TrainPriorConfig, step: int, batch: ClipBatch, device: torch.device
-) -> tuple[Tensor, Tensor, float]:
+    model: Prior,
+    optimizers: loop.Optimizers,
+    config: TrainPriorConfig,
+    step: int,
+    batch: ClipBatch,
+    device: torch.device,
+    guard: Guard,
+) -> tuple[Tensor, float, float]:
     """One optimizer step on this worker's slice of a global batch; returns the metrics' sums, the gradient's norm, the rate."""
     lr = config.optim.set_lr(optimizers, step, config.steps)
     numbers = loop.sample_numbers(step, config.global_batch_size)
@@ -192,7 +202,7 @@ def train_step(
     # incomplete rows count as 0 rather than being left out of the mean, which would weigh the others by their worker
     loss = (losses * complete).mean()
     sums = sums_by_level(draws.t, losses, complete)
-    return sums, loop.optimizer_step(model, optimizers, loss, config.optim.grad_clip), lr
+    return sums, loop.optimizer_step(model, optimizers, loss, config.optim.grad_clip, guard), lr
 
 
 def means(sums: Tensor, num_steps: int) -> dict[str, float]:

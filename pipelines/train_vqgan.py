@@ -12,8 +12,10 @@ decoder for a bundle that can generate, `bundle`, a copy of it with that decoder
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +67,7 @@ def run(config: TrainVQConfig) -> Path:
         cli.start_ray()
         cpus_for_data = _cpus_for_data(config, images)
         mlflow_run = tracking.open_run(output, f"train_vqgan {output.name}", values)
-        fit(train_worker, {"config": config, "mlflow_run": mlflow_run}, output, config.num_workers, cpus_for_data)
+        fit(train_worker, {"config": config, "mlflow_run": mlflow_run}, cpus_for_data)
         tracking.finish_run(mlflow_run)
     if collapse.exists():
         raise ValueError(collapse.read_text())
@@ -99,21 +101,21 @@ def train_worker(arguments: dict) -> None:
     optimizers = [config.optim.optimizers(module) for module in (vqgan, trained.discriminator) if module is not None]
     flat = [optimizer for some in optimizers for optimizer in some]
     ema = Ema(vqgan, config.ema_decay)
-    start = loop.resume(trained, flat, ema)
+    mlflow_run = arguments["mlflow_run"]
+    training = loop.Training(config, mlflow_run, trained, flat, ema, first_checkpoint=config.first_coded_step + 1)
     images = ImageSet.find(config.data, config.crop)
     source = make_source(config, images, rank, world_size)
-    batch_of = _batches(source, config, rank, world_size, start)
-    step_of = Step(config, trained, optimizers, device)
+    step_of = Step(config, trained, optimizers, device, training.guard)
     if rank == 0:
-        print(f"VQGAN on {len(images.training)} images, {type(source).__name__}, from step {start}", flush=True)
-    log = Log(config, arguments["mlflow_run"], start, enabled=rank == 0)
-    for step in range(start, config.steps):
+        print(f"VQGAN on {len(images.training)} images, {type(source).__name__}, from step {training.step}", flush=True)
+    log = Log(config, mlflow_run, training.step, enabled=rank == 0)
+    for step, batch_of in training.steps(functools.partial(_batches, source, config, rank, world_size)):
         # one generator per step: a resumed run draws what an undisturbed one would
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         if step == config.first_coded_step:
             _start_codebook(trained, source.pool(), config, generator, step_of)
-            ema = Ema(vqgan, config.ema_decay)
-        batch = to_tensor(batch_of(step, generator)).to(device)
+            ema.restart(vqgan)
+        batch = to_tensor(batch_of(generator)).to(device)
         config.optim.set_lr(flat, step, config.steps)
         losses, indices, latents = step_of(batch, step)
         ema.update(vqgan, step)
@@ -130,11 +132,11 @@ def train_worker(arguments: dict) -> None:
                     write_collapse(config, counts, done)
                 return
         log.progress.update(done)
-        if done % config.checkpoint_every == 0 and config.first_coded_step < done < config.steps:
-            loop.save_checkpoint(trained, flat, ema, done)
+    if training.ended:
+        return
     with ema.swapped_into(vqgan):
         if rank == 0:
-            finish(config, vqgan.cpu().eval(), images.read_held_back(), arguments["mlflow_run"])
+            finish(config, vqgan.cpu().eval(), images.read_held_back(), mlflow_run)
     dist.barrier()
 
 
@@ -156,13 +158,18 @@ def _part(config: TrainVQConfig, rank: int, world_size: int) -> slice:
 
 def _batches(
     source: InMemory | Stream, config: TrainVQConfig, rank: int, world_size: int, start: int
-) -> Callable[[int, torch.Generator], np.ndarray]:
-    """This worker's share of the batch of a step, steps in order."""
+) -> Iterator[Callable[[torch.Generator], np.ndarray]]:
+    """This worker's share of the batch of each step from `start` on, made with the step's generator."""
     if isinstance(source, InMemory):
         part = _part(config, rank, world_size)
-        return lambda step, generator: source.batch(step, part, generator)
-    batches = source.batches(start, config.steps)
-    return lambda step, generator: next(batches)
+        for step in itertools.count(start):
+            yield functools.partial(source.batch, step, part)
+    for batch in source.batches(start, config.steps):
+        yield functools.partial(_ready, batch)
+
+
+def _ready(batch: np.ndarray, generator: torch.Generator) -> np.ndarray:
+    return batch
 
 
 class Log:

@@ -9,6 +9,7 @@ from paella.config import PRESETS, VQConfig
 from paella.training import OptimConfig
 from paella.vq_losses import VQLossConfig
 from pipelines import loop
+from pipelines.recovery import RecoveryConfig
 from pipelines.vq_images import Crop
 
 
@@ -61,6 +62,8 @@ class TrainVQConfig:
     """Initial weights, order and crops of the images."""
     checkpoint_every: int = 200
     """Steps between checkpoints; there are none before there are codes."""
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    """Checkpoints beside those of checkpoint_every, and what happens when something goes wrong."""
 
     def __post_init__(self) -> None:
         loop.require_counts(self, "steps", "batch_size", "num_workers", "checkpoint_every", "revive_every")

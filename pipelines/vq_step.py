@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 
 from paella import codebook
 from paella.bundle import load_vqgan
@@ -14,6 +13,8 @@ from paella.discriminator import Discriminator, adaptive_weight, generator_loss
 from paella.parallel import SharedBatchNorm2d, average_gradients, compute_dtype
 from paella.vq_losses import perceptual_distance, reconstruction_losses
 from paella.vqgan import VQModel, VQResBlock
+from pipelines import loop
+from pipelines.recovery import Guard
 from pipelines.vq_config import TrainVQConfig
 
 
@@ -73,9 +74,15 @@ class Step:
     """An optimizer step of the VQGAN, and of its discriminator, on this worker's share of a batch."""
 
     def __init__(
-        self, config: TrainVQConfig, trained: Trained, optimizers: list[list[torch.optim.Optimizer]], device: torch.device
+        self,
+        config: TrainVQConfig,
+        trained: Trained,
+        optimizers: list[list[torch.optim.Optimizer]],
+        device: torch.device,
+        guard: Guard | None = None,
     ) -> None:
         self.config, self.trained, self.optimizers, self.device = config, trained, optimizers, device
+        self.guard = guard or Guard(config.recovery)
         self.dtype = compute_dtype(config.precision, device)
         name = config.loss.perceptual_model
         self.perceptual = perceptual_distance(name).to(device) if config.loss.perceptual and name is not None else None
@@ -98,7 +105,7 @@ class Step:
         total = loss + losses["quantization"]
         if weight > 0:
             total = total + self.adversarial(reconstruction, loss, weight, losses)
-        _update(vqgan, self.optimizers[0], total, config.optim.grad_clip)
+        self.update(vqgan, self.optimizers[0], total)
         if weight > 0:
             self.train_discriminator(images, reconstruction, step, losses)
         if indices is not None:
@@ -145,14 +152,11 @@ class Step:
         discriminator.zero_grad()  # of what the VQGAN's loss left there
         with self.autocast():
             parts = discriminator.loss(images, reconstruction, self.config.loss, step)
-        _update(discriminator, self.optimizers[1], torch.stack(list(parts.values())).sum(), self.config.optim.grad_clip)
+        self.update(discriminator, self.optimizers[1], torch.stack(list(parts.values())).sum())
         losses |= parts
 
-
-def _update(module: nn.Module, optimizers: list[torch.optim.Optimizer], loss: Tensor, grad_clip: float) -> None:
-    loss.backward()
-    average_gradients(module.parameters())
-    clip_grad_norm_(module.parameters(), grad_clip)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
+    def update(self, module: nn.Module, optimizers: list[torch.optim.Optimizer], loss: Tensor) -> None:
+        """Backward pass and update of a module that is replicated over workers."""
+        loss.backward()
+        average_gradients(module.parameters())
+        loop.update(module, optimizers, loss, self.config.optim.grad_clip, self.guard)

@@ -2,44 +2,115 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
+import pyarrow.fs as pafs
 import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from pipelines import recovery
+from pipelines.checkpoints import open_directory, read, write
 
-def fit(worker: Callable[[dict], None], arguments: dict, output: Path, num_workers: int, cpus_for_data: int = 0) -> None:
-    """Run `worker(arguments)` on every worker; checkpoints lie in `output`/checkpoints, and a rerun finds them there.
-    Workers share the CPUs, all but `cpus_for_data`, which are for Ray Data's tasks.
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Ray's own list of checkpoints, of which it writes no whole or nothing; ours are found by their manifests."""
 
-    Raises RuntimeError with the worker's message where training failed for good.
+
+def fit(worker: Callable[[dict], None], arguments: dict[str, Any], cpus_for_data: int = 0) -> None:
+    """Run `worker(arguments)` on every worker, and anew from the newest checkpoint where one fails.
+
+    Workers share the CPUs, all but `cpus_for_data`, which are for Ray Data's tasks. `arguments["config"]` is the program's: its
+    output, num_workers (or min_workers to that) and recovery. SIGTERM asks for a last checkpoint and an end.
+
+    Raises RuntimeError with the worker's message where training failed for good; SystemExit where it has been asked to end.
     """
+    config = arguments["config"]
+    policy: recovery.RecoveryConfig = config.recovery
     gpu = torch.cuda.is_available()
-    cpus = max(1, (int(ray.cluster_resources().get("CPU", 1)) - cpus_for_data) // num_workers)
+    cpus = max(1, (int(ray.cluster_resources().get("CPU", 1)) - cpus_for_data) // config.num_workers)
+    place = policy.place(config.output)
+    filesystem, root = open_directory(place)
+    filesystem.create_dir(root)
+    for name in (recovery.STOP_FILE, recovery.ENDED_FILE, SNAPSHOT):
+        with contextlib.suppress(FileNotFoundError):
+            filesystem.delete_file(f"{root}/{name}")
     trainer = TorchTrainer(
         worker,
         train_loop_config=arguments | {"cpus_per_worker": cpus},
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo"),
+        torch_config=_ListeningTorchConfig(
+            backend="cpu:gloo,cuda:nccl" if gpu else "gloo",
+            timeout_s=round(2 * policy.stuck_after_s + 60),  # the watchdog comes first, and knows more
+        ),
         scaling_config=ScalingConfig(
-            num_workers=num_workers,
+            num_workers=_scale(config),
             use_gpu=gpu,
             resources_per_worker={"CPU": cpus} | ({"GPU": 1} if gpu else {}),
         ),
         run_config=RunConfig(
-            name="checkpoints",
-            storage_path=str(output),
-            failure_config=FailureConfig(max_failures=2),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            name=root.rsplit("/", 1)[1],
+            storage_path=place.rsplit("/", 1)[0],
+            failure_config=FailureConfig(max_failures=policy.max_failures),
         ),
     )
-    trainer.fit()
+    with _stopping(filesystem, f"{root}/{recovery.STOP_FILE}"):
+        trainer.fit()
+    if ended := read(filesystem, f"{root}/{recovery.ENDED_FILE}"):
+        end = json.loads(ended)
+        if end["failed"]:
+            raise RuntimeError(end["reason"])
+        print(end["reason"], file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM)
+
+
+def _scale(config: Any) -> int | tuple[int, int]:
+    fewest = getattr(config, "min_workers", None)
+    return config.num_workers if fewest is None else (fewest, config.num_workers)
+
+
+@contextmanager
+def _stopping(filesystem: pafs.FileSystem, stop_file: str) -> Iterator[None]:
+    """SIGTERM to this process asks the workers to stop; a second one ends it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(signum: int, frame: object) -> None:
+        print("stopping after a last checkpoint", file=sys.stderr, flush=True)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        write(filesystem, stop_file, b"")
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _ListeningBackend(TorchConfig().backend_cls):  # type: ignore[misc]
+    """Torch's process group; workers take SIGTERM as a request, which only their main thread can set up."""
+
+    def on_training_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        super().on_training_start(worker_group, backend_config)
+        worker_group.execute(recovery.listen)
+
+
+@dataclass
+class _ListeningTorchConfig(TorchConfig):
+    @property
+    def backend_cls(self) -> type:
+        return _ListeningBackend
 
 
 def setup_worker(arguments: dict, seed: int) -> tuple[int, int, torch.device]:
@@ -52,14 +123,3 @@ def setup_worker(arguments: dict, seed: int) -> tuple[int, int, torch.device]:
         # this worker's share of the machine: workers that each take all cores slow each other down
         torch.set_num_threads(arguments["cpus_per_worker"])
     return context.get_world_rank(), context.get_world_size(), device
-
-
-@contextmanager
-def resume_directory() -> Iterator[str | None]:
-    """A local directory with the newest checkpoint, or None at the start of a run."""
-    newest = ray.train.get_checkpoint()
-    if newest is None:
-        yield None
-    else:
-        with newest.as_directory() as directory:
-            yield directory

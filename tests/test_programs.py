@@ -172,7 +172,13 @@ def test_demo_killed_in_each_stage_completes(tmp_path):
     root = tmp_path / "runs" / "demo"
     sizes = ["--num-images", "400", "--vqgan-steps", "250", "--train-steps", "30", "--num-prompts", "16"]
     command = [sys.executable, ROOT / "pipelines/demo.py", "--output", root, *sizes]
-    for sign in ("images/*.tar", "vqgan/checkpoints/checkpoint_*", "tokens/*", "train/config.json", "pictures/images/*.png"):
+    for sign in (
+        "images/*.tar",
+        "vqgan/checkpoints/step-*/manifest.json",
+        "tokens/*",
+        "train/config.json",
+        "pictures/images/*.png",
+    ):
         killed_when(command, lambda sign=sign: list(root.glob(sign)))
     finished = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert finished.returncode == 0, finished.stderr

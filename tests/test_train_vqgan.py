@@ -96,7 +96,7 @@ class Instant:
         self.before, self.instant = self.newest(), float("inf")
 
     def newest(self) -> list[str]:
-        return sorted(path.name for path in self.checkpoints.glob("checkpoint_2*"))[-1:]
+        return sorted(path.parent.name for path in self.checkpoints.glob("step-*/manifest.json"))[-1:]
 
     def __call__(self) -> bool:
         if self.instant == float("inf") and self.newest() != self.before:

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from paella import checkpoint
+from paella.checkpoint import TrainingState
 from paella.config import PRESETS
 from paella.ema import Ema
 from paella.objective import add_noise
@@ -176,9 +176,9 @@ def test_checkpoint_restores_weights_optimizer_and_averages(tmp_path):
     train(*undisturbed, range(4))
     first = build()
     train(*first, range(2))
-    checkpoint.save(tmp_path, *first, 2)
+    TrainingState(*first).save(tmp_path).result()
     resumed = build()
-    assert checkpoint.load(tmp_path, *resumed) == 2
+    TrainingState(*resumed).load(str(tmp_path))
     train(*resumed, range(2, 4))
     for (name, ours), (_, theirs) in zip(resumed[0].state_dict().items(), undisturbed[0].state_dict().items(), strict=True):
         torch.testing.assert_close(ours, theirs, msg=name)
