@@ -79,6 +79,13 @@ def num_workers() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def cpu_group() -> dist.ProcessGroup:
+    """A new group of all workers that talk over CPUs, for what goes on beside training. Every rank must call it."""
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
 def mean_over_workers(values: Tensor) -> Tensor:
     """Mean of a small tensor over all workers. Every rank must call it."""
     if num_workers() > 1:

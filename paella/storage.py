@@ -110,7 +110,7 @@ def _from_registry(uri: str) -> Path:
     return next((config.parent for config in path.rglob("config.json")), path)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an exception says first, or its name."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 

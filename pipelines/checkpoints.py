@@ -10,6 +10,7 @@ They lie in a directory that all workers see, or in an object store. Every metho
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shutil
 import tempfile
@@ -20,8 +21,11 @@ from typing import Any
 
 import pyarrow.fs as pafs
 import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException
 
 from paella.checkpoint import MANIFEST, TrainingState, digest, manifest
+from paella.parallel import cpu_group
+from paella.storage import first_line
 
 PREFIX = "step-"
 
@@ -39,7 +43,7 @@ class Checkpoints:
         self.filesystem, self.root = open_directory(uri)
         self.local = isinstance(self.filesystem, pafs.LocalFileSystem)
         self.rank = dist.get_rank()
-        self.group = dist.new_group(backend="gloo")  # the writing thread's, as collectives of two threads must not mix
+        self.group = cpu_group()  # the writing thread's, as collectives of two threads must not mix
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future[None] | None = None
         self.newest: int | None = None
@@ -65,7 +69,7 @@ class Checkpoints:
         """Read the newest intact checkpoint in place; returns its manifest, None where there is none. Says which are damaged."""
         self.wait()
         for step in self._agreed(self._steps):
-            found = self._agreed(lambda step=step: self._manifest(step))
+            found = self._agreed(functools.partial(self._manifest, step))
             damage = self._damage(step, found["files"]) if found else [f"its {MANIFEST} cannot be read"]
             if damage:
                 self._say(f"the checkpoint of step {step} is damaged ({damage[0]}); falling back to the one before it")
@@ -86,15 +90,15 @@ class Checkpoints:
     def _commit(self, saving: Future[None], directory: Path, step: int, progress: dict[str, Any]) -> None:
         """Make a checkpoint of the written shards, if all ranks could write theirs; else say so, and keep those before it."""
         files: dict[str, str] = {}
-        problem = attempt(saving.result) or attempt(lambda: files.update(self._finish(directory, step)))
+        problem = attempt(saving.result, self.rank) or attempt(lambda: files.update(self._finish(directory, step)), self.rank)
         if not self.local:
             shutil.rmtree(directory, ignore_errors=True)
         parts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, (files, problem), self.group)
-        problems = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(parts) if problem]
+        problems = [problem for _, problem in parts if problem]
         if not problems and self.rank == 0:
             digests = {name: value for files, _ in parts for name, value in files.items()}
-            if failed := attempt(lambda: self.write(f"{name_of(step)}/{MANIFEST}", manifest(step, progress, digests))):
+            if failed := attempt(lambda: self.write(f"{name_of(step)}/{MANIFEST}", manifest(step, progress, digests)), 0):
                 problems = [failed]
         outcome = [problems]
         dist.broadcast_object_list(outcome, src=0, group=self.group)
@@ -192,14 +196,15 @@ def is_of_rank(name: str, rank: int) -> bool:
     return name.startswith(f"__{rank}_") or (rank == 0 and name == ".metadata")
 
 
-def attempt(action: Callable[[], Any]) -> str | None:
-    """What went wrong, in a line; None where nothing did."""
+def attempt(action: Callable[[], Any], rank: int) -> str | None:
+    """On which rank what went wrong, in a line; None where nothing did."""
     try:
         action()
-    except BaseException as error:  # DCP's exception is no Exception
-        causes = getattr(error, "failures", {})
-        cause = next(iter(causes.values()))[0] if causes else error
-        return next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+    except CheckpointException as error:  # of one rank, on all
+        rank, (cause, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {first_line(cause)}"
+    except Exception as error:
+        return f"rank {rank}: {first_line(error)}"
     return None
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,19 +67,31 @@ def config_values(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+FREE = ("num_workers", "min_workers", "checkpoint_every", "recovery")
+"""Settings that a run can be continued with others of: they decide how it runs, not what comes of it."""
+
+
 def require_same_config(directory: Path, values: dict[str, Any]) -> None:
-    """Write config.json into a new output; raises ValueError with the difference where an existing one says otherwise."""
+    """Write config.json into an output; raises ValueError with the difference where an existing one says otherwise."""
     file = directory / "config.json"
-    if not file.exists():
+    before = json.loads(file.read_text()) if file.exists() else values
+    differ = [
+        f"{key} {was!r} → {now!r}"
+        for key, was, now in _differences(flattened(before), flattened(values))
+        if key.split(".")[0] not in FREE
+    ]
+    if differ:
+        raise ValueError(f"{directory} was made with another config ({', '.join(differ)}); choose another --output")
+    if values != before or not file.exists():
         temporary = file.with_suffix(".tmp")
         temporary.write_text(json.dumps(values, indent=1) + "\n")
         temporary.replace(file)
-        return
-    before, after = flattened(json.loads(file.read_text())), flattened(values)
-    differ = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
-    if differ:
-        changes = ", ".join(f"{key} {before.get(key)!r} → {after.get(key)!r}" for key in differ)
-        raise ValueError(f"{directory} was made with another config ({changes}); choose another --output")
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for key in sorted(before | after):
+        if before.get(key) != after.get(key):
+            yield key, before.get(key), after.get(key)
 
 
 def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

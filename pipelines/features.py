@@ -101,7 +101,7 @@ def _is_tokens(uri: str) -> bool:
 
 
 def _tokens(uri: str, model: str | None, num: int) -> ImageSet:
-    dataset = TokenDataset(uri, shuffle_rows=1)
+    dataset = TokenDataset(uri)
     if model is not None:
         require_vqgan(dataset.format, vqgan_digests(model), uri)
     chosen = _evenly(dataset.num_rows, num)
@@ -126,7 +126,7 @@ def _read_tokens(chunk: dict[str, Any]) -> Iterator[Captioned]:
 
 
 def _batch(chunk: dict[str, Any]) -> TokenBatch:
-    return TokenDataset(chunk["uri"], shuffle_rows=1).rows(chunk["file"], chunk["rows"])
+    return TokenDataset(chunk["uri"]).rows(chunk["file"], chunk["rows"])
 
 
 @functools.lru_cache(maxsize=1)

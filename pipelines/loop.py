@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import ray.train
@@ -180,7 +180,7 @@ class Training:
             self.checkpoints.write(ENDED_FILE, json.dumps({"reason": reason, "failed": failed}).encode())
 
 
-def _generator(batches: Iterable[T]) -> Iterator[T]:
+def _generator(batches: Iterable[T]) -> Generator[T]:
     """So that it can be closed, whatever it is."""
     yield from batches
 

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from paella.parallel import cpu_group
+from pipelines import cli
+
 STOP_FILE = "stop"
 """In the directory of the checkpoints: whoever writes it asks the run for a last checkpoint and an end."""
 ENDED_FILE = "ended.json"
@@ -54,7 +57,7 @@ class RecoveryConfig:
 
     def place(self, output: str) -> str:
         """The directory or URI of the checkpoints of the run in `output`."""
-        return self.checkpoints or f"{output.rstrip('/')}/checkpoints"
+        return cli.absolute(self.checkpoints or f"{output.rstrip('/')}/checkpoints").rstrip("/")
 
 
 class Guard:
@@ -109,7 +112,7 @@ class Vote:
     """Whether any worker wants something: all learn it at the same step, one step later, while they train on."""
 
     def __init__(self) -> None:
-        self.group = dist.new_group(backend="gloo")
+        self.group = cpu_group()
         self.work: dist.Work | None = None
         self.box = torch.zeros(1, dtype=torch.int32)
 

@@ -9,7 +9,7 @@ embeddings and format version. Plain pyarrow, DuckDB or pandas read it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+
+from pipelines.token_order import Piece
 
 FORMAT_VERSION = 1
 CLIP_COLUMNS = ("clip_text", "clip_image")
@@ -89,16 +91,13 @@ class TokenBatch:
 
 
 class TokenDataset:
-    """Reads batches in an order that is a pure function of (seed, epoch, global batch size).
+    """What lies in a token dataset, and reading parts of it; `pipelines.token_stream` makes a training run's batches of it.
 
-    Shards are visited in a random order and rows are shuffled within a window of `shuffle_rows` rows, so that memory
-    is bounded by the window and reads are large and sequential. Every worker computes the same order and takes
-    its own slice of each global batch. The rows after the last full batch of an epoch are left out of that epoch.
+    Raises ValueError where there is none, or an empty one.
     """
 
-    def __init__(self, uri: str, *, shuffle_rows: int = 100_000) -> None:
+    def __init__(self, uri: str) -> None:
         self.uri = uri
-        self.shuffle_rows = shuffle_rows
         self.filesystem, self.root = _filesystem(uri)
         self.info = self._read_info()
         self.shards: list[tuple[str, int]] = sorted((shard["file"], shard["rows"]) for shard in self.info["shards"])
@@ -118,93 +117,47 @@ class TokenDataset:
     def _open(self, name: str) -> pa.NativeFile:
         return self.filesystem.open_input_file(f"{self.root}/{name}")
 
-    def num_batches(self, global_batch_size: int) -> int:
-        """Full batches per epoch. Raises ValueError where there are fewer rows than a batch."""
-        if self.num_rows < global_batch_size:
-            raise ValueError(f"{self.uri} has {self.num_rows} rows, fewer than global_batch_size={global_batch_size}")
-        return self.num_rows // global_batch_size
-
     def require_clip(self) -> int:
         """The width of the CLIP embeddings. Raises ValueError where there are none."""
         if self.format.clip_embd is None:
             raise ValueError(f"{self.uri} has no CLIP embeddings (columns {' and '.join(CLIP_COLUMNS)})")
         return self.format.clip_embd
 
-    def batches(
-        self,
-        *,
-        seed: int,
-        global_batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        start_step: int = 0,
-        clip: bool = False,
-    ) -> Iterator[TokenBatch]:
-        """This worker's slices of global batches start_step, start_step+1, …, over endless epochs.
+    def columns(self, clip: bool, tokens: bool = True) -> list[str]:
+        """The columns of a batch: with tokens and captions, with CLIP embeddings."""
+        return ["id", *(("tokens", "caption") if tokens else ()), *(CLIP_COLUMNS if clip else ())]
 
-        With CLIP embeddings if asked for; raises ValueError where there are none.
-        """
-        if clip:
-            self.require_clip()
-        columns = ["id", "tokens", "caption", *(CLIP_COLUMNS if clip else ())]
-        for table in self._slices(columns, seed, global_batch_size, rank, world_size, start_step):
-            yield self._to_batch(table, clip)
+    def read(self, pieces: Sequence[Piece], columns: list[str]) -> pa.Table:
+        """Pieces of shards, end to end; of a shard only the row groups that hold wanted rows are read."""
+        return pa.concat_tables([self._read_piece(piece, columns) for piece in pieces]).combine_chunks()
+
+    def _read_piece(self, piece: Piece, columns: list[str]) -> pa.Table:
+        with self._open(self.shards[piece.shard][0]) as source:
+            file = pq.ParquetFile(source, pre_buffer=True)  # one request for columns that lie side by side, not one a column
+            sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            ends = np.cumsum(sizes)
+            groups = range(
+                int(np.searchsorted(ends, piece.start, side="right")), int(np.searchsorted(ends, piece.stop, side="left")) + 1
+            )
+            first = int(ends[groups[0]]) - sizes[groups[0]]
+            return file.read_row_groups(list(groups), columns).slice(piece.start - first, piece.stop - piece.start)
+
+    def head(self, num: int, *, clip: bool = False) -> TokenBatch:
+        """The first rows as they are stored, at most `num`."""
+        pieces, left = [], num
+        for shard, (_, rows) in enumerate(self.shards):
+            pieces += [Piece(shard, 0, min(rows, left))] if min(rows, left) else []
+            left -= min(rows, left)
+        return self.to_batch(self.read(pieces, self.columns(clip)), clip)
 
     def rows(self, file: str, rows: list[int]) -> TokenBatch:
         """Some rows of one shard, in their order there."""
-        return self._to_batch(self._read(file, ["id", "tokens", "caption"]).take(rows), clip=False)
+        shard = next(index for index, (name, _) in enumerate(self.shards) if name == file)
+        table = self.read([Piece(shard, 0, self.shards[shard][1])], self.columns(clip=False))
+        return self.to_batch(table.take(rows), clip=False)
 
-    def clip_batches(
-        self, *, seed: int, global_batch_size: int, rank: int = 0, world_size: int = 1, start_step: int = 0
-    ) -> Iterator[ClipBatch]:
-        """The CLIP embeddings of the same rows in the same order as `batches`. Raises ValueError where there are none."""
-        self.require_clip()
-        for table in self._slices(["id", *CLIP_COLUMNS], seed, global_batch_size, rank, world_size, start_step):
-            yield self._to_clip(table)
-
-    def _slices(
-        self, columns: list[str], seed: int, global_batch_size: int, rank: int, world_size: int, start_step: int
-    ) -> Iterator[pa.Table]:
-        if global_batch_size % world_size:
-            raise ValueError(f"global_batch_size={global_batch_size} must be a multiple of the {world_size} workers")
-        epoch, skip = divmod(start_step, self.num_batches(global_batch_size))
-        size = global_batch_size // world_size
-        while True:
-            for table in self._global_batches(columns, seed, epoch, global_batch_size, skip):
-                yield table.slice(rank * size, size)
-            epoch, skip = epoch + 1, 0
-
-    def _global_batches(self, columns: list[str], seed: int, epoch: int, size: int, skip: int) -> Iterator[pa.Table]:
-        rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-        rest: pa.Table | None = None
-        for window in self._windows(rng):
-            num_rows = sum(rows for _, rows in window)
-            order = rng.permutation(num_rows)
-            table = pa.concat_tables([self._read(file, columns) for file, _ in window]).take(order)
-            if rest is not None:
-                table = pa.concat_tables([rest, table])
-            for start in range(0, len(table) - size + 1, size):
-                if skip > 0:
-                    skip -= 1
-                else:
-                    yield table.slice(start, size)
-            rest = table.slice(len(table) - len(table) % size)
-
-    def _windows(self, rng: np.random.Generator) -> Iterator[list[tuple[str, int]]]:
-        window: list[tuple[str, int]] = []
-        for index in rng.permutation(len(self.shards)):
-            window.append(self.shards[index])
-            if sum(rows for _, rows in window) >= self.shuffle_rows:
-                yield window
-                window = []
-        if window:
-            yield window
-
-    def _read(self, name: str, columns: list[str]) -> pa.Table:
-        with self._open(name) as file:
-            return pq.read_table(file, columns=columns)
-
-    def _to_clip(self, table: pa.Table) -> ClipBatch:
+    def to_clip(self, table: pa.Table) -> ClipBatch:
+        """The CLIP columns of a table."""
         width = self.require_clip()
         flat = (table[name].combine_chunks().flatten().to_numpy() for name in CLIP_COLUMNS)
         text, image = (values.reshape(-1, width).astype(np.float32) for values in flat)
@@ -212,10 +165,11 @@ class TokenDataset:
         text[~complete] = image[~complete] = 0
         return ClipBatch(text, image, complete, table["id"].to_pylist())
 
-    def _to_batch(self, table: pa.Table, clip: bool) -> TokenBatch:
+    def to_batch(self, table: pa.Table, clip: bool) -> TokenBatch:
+        """The columns of a table, with or without those of CLIP."""
         tokens = table["tokens"].combine_chunks().flatten().to_numpy()
         grid = tokens.reshape(-1, self.format.grid_height, self.format.grid_width).astype(np.int64)
-        embeddings = self._to_clip(table) if clip else None
+        embeddings = self.to_clip(table) if clip else None
         return TokenBatch(grid, table["caption"].to_pylist(), table["id"].to_pylist(), embeddings)
 
 

@@ -30,6 +30,7 @@ from pipelines.progress import Progress
 from pipelines.recovery import Guard
 from pipelines.samples import Samples
 from pipelines.token_dataset import TokenBatch, TokenDataset
+from pipelines.token_stream import TokenStream
 from pipelines.train_config import TrainConfig, check_data, presets, resolved
 from pipelines.workers import fit, setup_worker
 
@@ -83,15 +84,15 @@ def train_worker(arguments: dict) -> None:
     if rank == 0:
         print(f"{num_parameters / 1e6:.1f} M parameters on {world_size} workers, from step {training.step}", flush=True)
     progress = Progress("train", config.steps, training.step, enabled=rank == 0)
-    batches = functools.partial(
-        TokenDataset(config.data).batches,
+    stream = TokenStream(
+        [TokenDataset(uri) for uri in config.datasets],
         seed=config.seed,
         global_batch_size=config.global_batch_size,
-        rank=rank,
-        world_size=world_size,
-        clip=config.model.text.clip is not None,
+        weights=config.data_weights,
     )
-    for step, batch in training.steps(lambda start: batches(start_step=start)):
+    clip = config.model.text.clip is not None
+    batches = functools.partial(stream.batches, rank, world_size, clip=clip)
+    for step, batch in training.steps(batches):
         sums, norm, lr = train_step(model, optimizers, config, step, batch, device, training.guard)
         ema.update(model, step)
         progress.update(step + 1, report.step(step, sums, norm, lr))

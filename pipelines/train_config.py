@@ -13,6 +13,7 @@ from paella.training import NoiseConfig, OptimConfig
 from pipelines import cli, loop
 from pipelines.recovery import RecoveryConfig
 from pipelines.token_dataset import TokenDataset, require_vqgan
+from pipelines.token_stream import require_mixture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,10 @@ class TrainConfig:
 
     data: str
     """Token dataset (directory or URI), written by tokenize_images."""
+    more_data: tuple[str, ...] = ()
+    """Further token datasets, mixed with `data`."""
+    data_weights: tuple[float, ...] = ()
+    """Of `data` and each of `more_data`: how much of it there is in a batch; by their numbers of rows if not given."""
     vqgan: str
     """Bundle with the VQGAN that made the tokens."""
     output: str
@@ -67,6 +72,11 @@ class TrainConfig:
         if self.init not in ("published", "short-run"):
             raise ValueError(f"init={self.init!r} is not allowed: published or short-run")
 
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """All token datasets of the mixture."""
+        return (self.data, *self.more_data)
+
 
 def presets() -> dict[str, TrainConfig]:
     """Training settings for each model preset; `data`, `vqgan` and `output` have to be given."""
@@ -99,6 +109,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
         config,
         model=dataclasses.replace(config.model, text=text),
         data=cli.absolute(config.data),
+        more_data=tuple(cli.absolute(uri) for uri in config.more_data),
         vqgan=cli.absolute(config.vqgan),
         output=cli.absolute(config.output),
         sample_prompts=None if config.sample_prompts is None else cli.absolute(config.sample_prompts),
@@ -107,8 +118,9 @@ def resolved(config: TrainConfig) -> TrainConfig:
 
 def check_data(config: TrainConfig) -> None:
     """Raises ValueError where dataset, VQGAN, model and prompts do not fit together."""
-    dataset = TokenDataset(config.data)
-    dataset.num_batches(config.global_batch_size)
+    datasets = [TokenDataset(uri) for uri in config.datasets]
+    require_mixture(datasets, config.data_weights, config.global_batch_size)
+    dataset = datasets[0]  # the others are like it
     load_vqgan(config.vqgan)
     require_vqgan(dataset.format, vqgan_digests(config.vqgan), config.data)
     labels, multiple = config.model.unet.num_labels, config.model.unet.grid_multiple
@@ -121,6 +133,12 @@ def check_data(config: TrainConfig) -> None:
             f"{config.data} has a grid of {dataset.format.grid_height}x{dataset.format.grid_width} tokens, "
             f"the model needs sides that are multiples of {multiple}"
         )
+    grid, side = (dataset.format.grid_height, dataset.format.grid_width), config.model.image_size
+    if grid != (expected := config.model.grid(side, side)):
+        raise ValueError(
+            f"{config.data} has a grid of {grid[0]}x{grid[1]} tokens, the model's image_size={side} means one of "
+            f"{expected[0]}x{expected[1]}"
+        )
     if config.model.text.clip is not None and (width := dataset.require_clip()) != config.model.unet.clip_embd:
         raise ValueError(
             f"{config.data} has CLIP embeddings of width {width}, the model's clip_embd is {config.model.unet.clip_embd}"
@@ -131,8 +149,8 @@ def check_data(config: TrainConfig) -> None:
 def sample_prompts(config: TrainConfig, num: int = 32) -> list[str]:
     """The prompts of the sample sheets."""
     if config.sample_prompts is None:
-        batch = next(TokenDataset(config.data).batches(seed=0, global_batch_size=1))
-        return batch.captions * num
+        captions = TokenDataset(config.data).head(num).captions
+        return (captions * num)[:num]
     try:
         lines = Path(config.sample_prompts).read_text().splitlines()
     except OSError as error:

@@ -33,6 +33,7 @@ from pipelines import cli, loop, tracking
 from pipelines.progress import Progress
 from pipelines.recovery import Guard, RecoveryConfig
 from pipelines.token_dataset import ClipBatch, TokenDataset
+from pipelines.token_stream import TokenStream, require_mixture
 from pipelines.workers import fit, setup_worker
 
 
@@ -132,14 +133,15 @@ def join_bundle(config: TrainPriorConfig, model: Path) -> None:
 
 
 def _check_data(config: TrainPriorConfig) -> None:
-    dataset = TokenDataset(config.data, shuffle_rows=1)  # reads few shards
-    num = min(1024, dataset.num_rows)
-    batch = next(dataset.clip_batches(seed=0, global_batch_size=num))
-    if not batch.complete.any():
-        raise ValueError(f"{config.data} has no row with both clip_text and clip_image among the first {num} it reads")
-    if (width := batch.text.shape[1]) != config.model.clip_r:
+    dataset = TokenDataset(config.data)
+    dataset.require_clip()
+    clip = dataset.head(1024, clip=True).clip
+    assert clip is not None
+    if not clip.complete.any():
+        raise ValueError(f"{config.data} has no row with both clip_text and clip_image among its first {len(clip.ids)}")
+    if (width := clip.text.shape[1]) != config.model.clip_r:
         raise ValueError(f"{config.data} has CLIP embeddings of width {width}, the model's clip_r is {config.model.clip_r}")
-    dataset.num_batches(config.global_batch_size)
+    require_mixture([dataset], (), config.global_batch_size)
     if config.bundle is not None:
         _, values = read_config(config.bundle)
         if (width := values.get("unet", {}).get("clip_embd")) != config.model.clip_r:
@@ -164,14 +166,8 @@ def train_worker(arguments: dict) -> None:
     if rank == 0:
         print(f"{num_parameters / 1e6:.1f} M parameters on {world_size} workers, from step {training.step}", flush=True)
     progress = Progress("prior", config.steps, training.step, enabled=rank == 0)
-    batches = functools.partial(
-        TokenDataset(config.data).clip_batches,
-        seed=config.seed,
-        global_batch_size=config.global_batch_size,
-        rank=rank,
-        world_size=world_size,
-    )
-    for step, batch in training.steps(lambda start: batches(start_step=start)):
+    stream = TokenStream([TokenDataset(config.data)], seed=config.seed, global_batch_size=config.global_batch_size)
+    for step, batch in training.steps(functools.partial(stream.clip_batches, rank, world_size)):
         sums, norm, lr = train_step(model, optimizers, config, step, batch, device, training.guard)
         ema.update(model, step)
         progress.update(step + 1, report.step(step, sums, norm, lr))
@@ -227,8 +223,8 @@ def agreement(model: Prior, data: str, num: int = 64) -> tuple[float, float]:
     The texts are the first of the training data: this tells a prior that works from one that does not, not how well it
     does with texts it has not seen.
     """
-    dataset = TokenDataset(data, shuffle_rows=1)
-    batch = next(dataset.clip_batches(seed=0, global_batch_size=min(num, dataset.num_rows)))
+    batch = TokenDataset(data).head(num, clip=True).clip
+    assert batch is not None
     text, image = torch.from_numpy(batch.text[batch.complete]), torch.from_numpy(batch.image[batch.complete])
     made = F.normalize(sample_prior(model, text, seeds=range(len(text))).cpu())
     cosines = made @ F.normalize(image).T  # (B,B)

@@ -162,8 +162,8 @@ def _batches(
     """This worker's share of the batch of each step from `start` on, made with the step's generator."""
     if isinstance(source, InMemory):
         part = _part(config, rank, world_size)
-        for step in itertools.count(start):
-            yield functools.partial(source.batch, step, part)
+        yield from (functools.partial(source.batch, step, part) for step in itertools.count(start))
+        return
     for batch in source.batches(start, config.steps):
         yield functools.partial(_ready, batch)
 

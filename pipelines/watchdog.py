@@ -27,7 +27,8 @@ class Watchdog:
         self.stuck_after_s, self.every_s = stuck_after_s, every_s
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store().clone())
-        self.place = {"step": -1, "doing": "starting", "since": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+        self.place: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
+        self.at(-1, "starting")
         self.stopped = threading.Event()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 

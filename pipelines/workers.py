@@ -39,7 +39,8 @@ def fit(worker: Callable[[dict], None], arguments: dict[str, Any], cpus_for_data
     config = arguments["config"]
     policy: recovery.RecoveryConfig = config.recovery
     gpu = torch.cuda.is_available()
-    cpus = max(1, (int(ray.cluster_resources().get("CPU", 1)) - cpus_for_data) // config.num_workers)
+    cpus: float = (int(ray.cluster_resources().get("CPU", 1)) - cpus_for_data) / config.num_workers
+    cpus = int(cpus) if cpus >= 1 else cpus
     place = policy.place(config.output)
     filesystem, root = open_directory(place)
     filesystem.create_dir(root)
@@ -54,7 +55,7 @@ def fit(worker: Callable[[dict], None], arguments: dict[str, Any], cpus_for_data
             timeout_s=round(2 * policy.stuck_after_s + 60),  # the watchdog comes first, and knows more
         ),
         scaling_config=ScalingConfig(
-            num_workers=_scale(config),
+            num_workers=_scale(config),  # type: ignore[arg-type]
             use_gpu=gpu,
             resources_per_worker={"CPU": cpus} | ({"GPU": 1} if gpu else {}),
         ),
@@ -121,5 +122,5 @@ def setup_worker(arguments: dict, seed: int) -> tuple[int, int, torch.device]:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         # this worker's share of the machine: workers that each take all cores slow each other down
-        torch.set_num_threads(arguments["cpus_per_worker"])
+        torch.set_num_threads(max(1, int(arguments["cpus_per_worker"])))
     return context.get_world_rank(), context.get_world_size(), device

@@ -135,30 +135,6 @@ def test_dataset_json_accounts_for_everything(dataset, vqgan):
     assert info["seconds"] > 0 and info["images_per_s"] > 0
 
 
-def test_readers_see_one_order(dataset):
-    tokens = TokenDataset(str(dataset), shuffle_rows=12)
-    take = {"seed": 5, "global_batch_size": 10}
-
-    def steps(num, **where):
-        reader = tokens.batches(**take, **where)
-        return [next(reader) for _ in range(num)]
-
-    alone = steps(12)
-    for epoch in (alone[:5], alone[5:10]):
-        assert len({i for batch in epoch for i in batch.ids}) == 50
-    assert [b.ids for b in alone[:5]] != [b.ids for b in alone[5:10]]
-    halves = [steps(12, rank=rank, world_size=2) for rank in range(2)]
-    for whole, first, second in zip(alone, *halves, strict=True):
-        assert whole.ids == first.ids + second.ids
-        assert np.array_equal(whole.tokens, np.concatenate([first.tokens, second.tokens]))
-    resumed = steps(5, start_step=7)
-    assert [b.ids for b in resumed] == [b.ids for b in alone[7:]]
-    assert [b.captions for b in resumed] == [b.captions for b in alone[7:]]
-    rows = rows_of(dataset)
-    for index, sample_id in enumerate(alone[0].ids):
-        assert alone[0].tokens[index].ravel().tolist() == rows[sample_id]["tokens"]
-
-
 def test_two_stages_the_other_layout_and_another_batch_size_give_the_same_tokens(tmp_path, dataset, vqgan):
     """The stages as they run with GPUs, with Ray's object store between them."""
     folder = write_folder(tmp_path / "folder", scenes(50, seed=0, held_out=False), shard_size=20)

@@ -20,6 +20,7 @@ from paella.unet import Paella
 from paella.vqgan import VQModel
 from pipelines import tracking, train_prior
 from pipelines.token_dataset import TokenDataset, TokenFormat
+from pipelines.token_stream import TokenStream
 
 WIDTH, ROWS, MISSING = 8, 200, {3, 77, 130}
 SMALL = ["--model.clip-r", "8", "--model.c-hidden", "32", "--model.num-blocks", "2"]
@@ -72,8 +73,8 @@ def undisturbed(ray_session, dataset, tmp_path_factory) -> Path:
 
 
 def test_embeddings_come_in_the_order_of_the_tokens(dataset):
-    reader, take = TokenDataset(str(dataset), shuffle_rows=150), {"seed": 1, "global_batch_size": 50}
-    tokens, clip = reader.batches(**take), reader.clip_batches(**take)
+    reader = TokenStream([TokenDataset(str(dataset))], seed=1, global_batch_size=50, shuffle_rows=150)
+    tokens, clip = reader.batches(), reader.clip_batches()
     rows = {row["id"]: row for row in pq.read_table([dataset / "part-0.parquet", dataset / "part-1.parquet"]).to_pylist()}
     missing = set()
     for _ in range(4):
@@ -87,8 +88,8 @@ def test_embeddings_come_in_the_order_of_the_tokens(dataset):
                 missing.add(int(sample))
                 assert not text.any() and not image.any()
     assert missing == MISSING
-    second = next(reader.clip_batches(**take, rank=1, world_size=2, start_step=2))
-    third = next(reader.clip_batches(**take, start_step=2))
+    second = next(reader.clip_batches(rank=1, world_size=2, start_step=2))
+    third = next(reader.clip_batches(start_step=2))
     assert second.ids == third.ids[25:] and np.array_equal(second.image, third.image[25:])
 
 
@@ -148,7 +149,7 @@ def test_what_does_not_fit_is_named(dataset, tmp_path):
     good, none = config(dataset, tmp_path / "out"), write_dataset(tmp_path / "none", texts=False)
     for changes, words in [
         ({"data": str(tmp_path)}, "is not a finished token dataset"),
-        ({"data": str(none)}, "no row with both clip_text and clip_image among the first 200"),
+        ({"data": str(none)}, "no row with both clip_text and clip_image among its first 200"),
         ({"model": PriorConfig(clip_r=9)}, "embeddings of width 8, the model's clip_r is 9"),
         ({"global_batch_size": 256}, "fewer than global_batch_size=256"),
     ]:

@@ -1,0 +1,284 @@
+"""U-Net training that is interrupted, in every way there is, gives what an undisturbed run gives: curve, weights, samples seen.
+
+What it is compared with runs on two workers in float32. Ids are written down by recorded_train.py.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import ray.cloudpickle
+import recorded_train
+import torch
+from conftest import ROOT, checkpointed, killed_when, small_config
+from safetensors.torch import load_file
+from test_token_stream import write_tokens
+
+from paella.bundle import vqgan_digests
+from paella.sampler import SamplingConfig
+from pipelines import tracking, train
+from pipelines.recovery import RecoveryConfig
+from pipelines.train_config import TrainConfig, presets
+
+ray.cloudpickle.register_pickle_by_value(recorded_train)
+
+STEPS, BATCH, ROWS = 60, 8, 104
+EPOCH = ROWS // BATCH
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where the tests' runs are, and what they train on."""
+
+    root: Path
+    tokens: Path
+    vqgan: Path
+
+    def config(self, name: str, **changes) -> TrainConfig:
+        values = {
+            "data": str(self.tokens), "vqgan": str(self.vqgan), "output": str(self.root / name), "num_workers": 2,
+            "model": dataclasses.replace(small_config(), image_size=32), "steps": STEPS, "global_batch_size": BATCH,
+            "checkpoint_every": 7, "sample_every": 1000, "precision": "float32", "register_as": "test-resume",
+            "sampling": SamplingConfig(num_inference_steps=2),
+        }  # fmt: skip
+        return dataclasses.replace(presets()["tiny"], **(values | changes))
+
+    def command(self, name: str, *more: object) -> list:
+        """The same run as a program; which samples it sees is in `name`.ids."""
+        return [
+            sys.executable, ROOT / "tests/recorded_train.py", self.root / f"{name}.ids", "tiny", "--data", self.tokens,
+            "--vqgan", self.vqgan, "--output", self.root / name, *FLAGS, *map(str, more),
+        ]  # fmt: skip
+
+    def run(self, name: str, poisoned_step: int | None = None, **changes) -> Path:
+        """Run in this process's Ray."""
+        plain, train.train_worker = train.train_worker, recorded_train.recorded(self.root / f"{name}.ids", poisoned_step)
+        try:
+            train.run(self.config(name, **changes))
+        finally:
+            train.train_worker = plain
+        return self.root / name
+
+
+FLAGS = [
+    "--model.unet.num-labels", "32", "--model.unet.c-hidden", "16", "16", "--model.unet.c-in", "8", "--model.unet.c-out", "8",
+    "--model.unet.c-cond", "16", "--model.unet.nhead", "2", "2", "--model.unet.blocks", "1", "1", "--model.unet.level-config",
+    "CT", "CTA", "--model.vqgan.codebook-size", "32", "--model.vqgan.bottleneck-blocks", "1", "--model.vqgan.c-hidden", "16",
+    "--model.vqgan.c-latent", "4", "--model.image-size", "32", "--num-workers", "2", "--steps", str(STEPS),
+    "--global-batch-size", str(BATCH), "--checkpoint-every", "7", "--sample-every", "1000", "--precision", "float32",
+    "--register-as", "test-resume", "--sampling.num-inference-steps", "2", "--sampling.temperature", "1.0", "0.4",
+    "--sampling.cfg", "8.0", "8.0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(vqgan_bundle, tmp_path_factory) -> Place:
+    root = tmp_path_factory.mktemp("resume")
+    digest = vqgan_digests(str(vqgan_bundle))[0]
+    return Place(root, write_tokens(root / "tokens", [ROWS // 4] * 4, digest=digest, side=8), vqgan_bundle)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_session, place) -> Path:
+    return place.run("undisturbed")
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    files = [output / "model" / "unet.safetensors", *(output / "model" / "encoders").rglob("*.safetensors")]
+    assert len(files) == 2
+    return {f"{file.name}/{name}": value for file in files for name, value in load_file(file).items()}
+
+
+def curve(output: Path, name: str = "loss") -> dict[int, float]:
+    """A metric by step. No step is there twice, or missing, and there is one MLflow run."""
+    run = tracking.Run(**json.loads((output / "mlflow_run.json").read_text()))
+    history = run.client().get_metric_history(run.run_id, name)
+    steps = [metric.step for metric in history]
+    assert sorted(steps) == sorted(set(steps)), f"repeated: {steps}"
+    found = {metric.step: metric.value for metric in history}
+    assert list(found) == list(range(20, max(found) + 1, 20))
+    info = run.client().get_run(run.run_id).info
+    runs = run.client().search_runs([info.experiment_id], filter_string=f"attributes.run_name = '{info.run_name}'")
+    assert len(runs) == 1
+    return found
+
+
+def seen(output: Path) -> dict[int, list[str]]:
+    """The ids of each step over all workers; a step that was done again after a restart saw the same."""
+    steps: dict[int, dict[str, None]] = {}
+    for file in output.with_name(f"{output.name}.ids").glob("*.jsonl"):
+        for line in file.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed worker
+                part = json.loads(line)
+                steps.setdefault(part["step"], {}).update(dict.fromkeys(part["ids"]))
+    return {step: sorted(ids) for step, ids in sorted(steps.items())}
+
+
+def largest_difference(a: Path, b: Path) -> float:
+    """Between the weights of two runs."""
+    ours, theirs = weights(a), weights(b)
+    return max((value - theirs[name]).abs().max().item() for name, value in ours.items())
+
+
+def assert_same(output: Path, expected: Path, steps: int = STEPS) -> None:
+    """Curve and weights agree to 1e-5, and samples are those of the other run, each once an epoch."""
+    ours, theirs = curve(output), curve(expected)
+    assert list(ours) == list(theirs) == list(range(20, steps + 1, 20))
+    assert largest_difference(output, expected) <= 1e-5
+    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), atol=1e-5, rtol=0)
+    ids = seen(output)
+    assert ids == seen(expected) and list(ids) == list(range(steps))
+    for epoch in range(steps // EPOCH):
+        samples = [sample for step in range(epoch * EPOCH, (epoch + 1) * EPOCH) for sample in ids[step]]
+        assert len(samples) == len(set(samples)) == ROWS
+
+
+@contextlib.contextmanager
+def in_thread(action: Callable[[], None]) -> Iterator[None]:
+    thread = threading.Thread(target=action, daemon=True)
+    thread.start()
+    yield
+    thread.join(timeout=60)
+    assert not thread.is_alive(), "there was nothing to interrupt"
+
+
+def kill_a_worker(output: Path, after: int, how: int = signal.SIGKILL) -> None:
+    """End a worker once it has done `after` steps."""
+    while True:
+        for file in output.with_name(f"{output.name}.ids").glob("*.jsonl"):
+            if file.read_text().count("\n") >= after and psutil.pid_exists(int(file.stem)):
+                os.kill(int(file.stem), how)
+                return
+        time.sleep(0.02)
+
+
+def test_a_killed_worker_changes_nothing(undisturbed, place):
+    output = place.root / "worker"
+    with in_thread(lambda: kill_a_worker(output, after=30)):
+        place.run("worker")
+    assert_same(output, undisturbed)
+
+
+def test_a_killed_cluster_changes_nothing(undisturbed, place):
+    """Driver, workers and Ray are killed; the same command continues, here on one worker in place of two."""
+    output = place.root / "cluster"
+    killed_when(place.command("cluster"), lambda: checkpointed(output))
+    assert not (output / "model").exists(), "the run was over before it was killed"
+    place.run("cluster", num_workers=1, sampling=SamplingConfig(num_inference_steps=2))
+    assert_same(output, undisturbed)
+
+
+def test_a_bad_step_is_skipped_or_rolled_back(ray_session, place, undisturbed):
+    output = place.run("skipped", poisoned_step=25, steps=40)
+    skipped = curve(output)
+    assert abs(skipped[20] - curve(undisturbed)[20]) < 1e-5
+    assert all(np.isfinite(list(skipped.values())))
+    assert all(torch.isfinite(value).all() for value in weights(output).values())
+    output = place.run("back", poisoned_step=25, steps=40, recovery=RecoveryConfig(on_bad_step="rollback"))
+    whole, ids = seen(undisturbed), seen(output)
+    assert set(ids[21]) == set(whole[21]) | set(whole[26]), "back to step 21, and on with the data after step 25"
+    assert set(ids[30]) == set(whole[35])
+    assert all(np.isfinite(list(curve(output).values())))
+
+
+def test_sigterm_leaves_a_last_checkpoint(place, undisturbed):
+    """To the program: it saves and ends; to a worker: it saves and goes on."""
+    output, more = place.root / "stopped", ["--checkpoint-every", "1000"]
+    process = subprocess.Popen(place.command("stopped", *more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while sum(len(ids) for ids in seen(output).values()) < 10 * BATCH and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "as asked, with a checkpoint; the same command continues" in said
+    (saved,) = output.glob("checkpoints/step-*/manifest.json")
+    step = json.loads(saved.read_text())["step"]
+    with in_thread(lambda: kill_a_worker(output, after=5, how=signal.SIGTERM)):
+        place.run("stopped", checkpoint_every=1000)
+    assert len(list(output.glob("checkpoints/step-*/manifest.json"))) == 2 and step > 0
+    assert_same(output, undisturbed)
+
+
+def test_divergence_stops_the_run(ray_session, place):
+    """A learning rate that cannot be: weights of infinite size."""
+    optim = dataclasses.replace(presets()["tiny"].optim, lr=1e30, matrix_lr=None, warmup_steps=1)
+    with pytest.raises(RuntimeError, match="is not finite, the 5. bad step in a row"):
+        place.run("diverged", optim=optim, recovery=RecoveryConfig(max_bad_steps=5))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_killed_at_ten_random_instants(place):
+    """A worker, the program or the whole cluster; on 2, 1 and 2 workers in turn."""
+    steps = ["--steps", "200"]
+    whole = place.root / "whole"
+    finished = subprocess.run(place.command("whole", *steps), capture_output=True, text=True, timeout=900)
+    assert finished.returncode == 0, finished.stderr
+    output, rng = place.root / "random", random.SystemRandom()
+    for number in range(10):
+        command = place.command("random", *steps, "--num-workers", 1 + (number + 1) % 2)
+        _interrupt(command, output, ("worker", "driver", "cluster")[number % 3], rng.uniform(1, 8))
+    finished = subprocess.run(place.command("random", *steps), capture_output=True, text=True, timeout=900)
+    assert finished.returncode == 0, finished.stderr
+    assert_same(output, whole, 200)
+    losses = np.abs(np.subtract(list(curve(output).values()), list(curve(whole).values()))).max()
+    print(f"weights differ by {largest_difference(output, whole):.1e}, losses by {losses:.1e}")
+
+
+def _interrupt(command: list, output: Path, what: str, delay_s: float) -> None:
+    """Start a run, and kill a part of it some time after its first step; if a worker, then later the rest too."""
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    before = {file.name for file in output.with_name(f"{output.name}.ids").glob("*.jsonl")}
+    process = subprocess.Popen(command, start_new_session=True, **quiet)
+
+    def workers() -> list[int]:
+        files = output.with_name(f"{output.name}.ids").glob("*.jsonl")
+        return [int(file.stem) for file in files if file.name not in before and psutil.pid_exists(int(file.stem))]
+
+    while not workers() and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(delay_s)
+    family = psutil.Process(process.pid).children(recursive=True)
+    if what == "worker":
+        os.kill(random.choice(workers()), signal.SIGKILL)
+        time.sleep(delay_s + 5)
+    process.kill()
+    if what != "driver":
+        for relative in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                relative.kill()
+    process.wait()
+    psutil.wait_procs(family, timeout=60)  # without their driver, Ray's processes end by themselves
+    for relative in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            relative.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_one_two_and_four_workers_agree_over_50_steps(place, tmp_path):
+    """At the same global batch: in float32 to 1e-5, in bfloat16 to 2e-2."""
+    losses = {}
+    for precision in ("float32", "bf16"):
+        for number in (1, 2, 4):
+            name = f"{precision}-{number}"
+            flags = ["--num-workers", number, "--precision", precision, "--steps", 50]
+            finished = subprocess.run(place.command(name, *flags), capture_output=True, text=True, timeout=600)
+            assert finished.returncode == 0, finished.stderr
+            losses[name] = np.array(list(curve(place.root / name).values()))
+    exact = max(np.abs(losses[f"float32-{number}"] - losses["float32-1"]).max() for number in (2, 4))
+    rough = max(np.abs(losses[f"bf16-{number}"] - losses["float32-1"]).max() for number in (1, 2, 4))
+    print(f"float32: {exact:.1e}, bf16: {rough:.1e}")
+    assert exact < 1e-5 and rough < 2e-2
