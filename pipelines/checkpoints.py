@@ -214,6 +214,17 @@ def open_directory(uri: str) -> tuple[pafs.FileSystem, str]:
     return filesystem, root.rstrip("/")
 
 
+def require_writable(uri: str) -> None:
+    """Make the directory of a run's checkpoints. Raises ValueError where that cannot be done."""
+    try:
+        filesystem, root = open_directory(uri)
+        filesystem.create_dir(root)
+        write(filesystem, f"{root}/.writable", b"")
+        filesystem.delete_file(f"{root}/.writable")
+    except (OSError, ValueError) as error:  # Arrow's errors are both
+        raise ValueError(f"checkpoints cannot be written to {uri}: {first_line(error)}") from error
+
+
 def read(filesystem: pafs.FileSystem, path: str) -> bytes | None:
     """A file's bytes, None where there is none."""
     try:

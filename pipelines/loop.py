@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray.train
@@ -21,8 +22,8 @@ from torch.nn.utils import clip_grad_norm_
 from paella.checkpoint import TrainingState
 from paella.ema import Ema
 from paella.parallel import mean_over_workers
-from pipelines import tracking
-from pipelines.checkpoints import Checkpoints
+from pipelines import cli, tracking
+from pipelines.checkpoints import Checkpoints, require_writable
 from pipelines.recovery import ENDED_FILE, STOP_FILE, Guard, Vote, asked_to_stop
 from pipelines.watchdog import Watchdog
 
@@ -49,6 +50,13 @@ def require_run(config: Any, *counts: str) -> None:
             raise ValueError(f"global_batch_size={config.global_batch_size} must be a multiple of {name}={number}")
     if config.precision not in ("auto", "bf16", "float32"):
         raise ValueError(f"precision={config.precision!r} is not allowed: auto, bf16 or float32")
+
+
+def require_places(config: Any) -> Path:
+    """Make the directories of output and checkpoints; returns the first. Raises ValueError where that cannot be done."""
+    output = cli.require_writable(config.output)
+    require_writable(config.recovery.place(config.output))
+    return output
 
 
 class Training:

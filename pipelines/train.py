@@ -39,7 +39,7 @@ def run(config: TrainConfig) -> Path:
     """Train; returns the bundle's directory. Raises ValueError for the user's mistakes, before any worker starts."""
     config = resolved(config)
     check_data(config)
-    output = cli.require_writable(config.output)
+    output = loop.require_places(config)
     values = cli.config_values(config)
     cli.require_same_config(output, values)
     bundle, finished = output / "model", output / "registered_model.txt"

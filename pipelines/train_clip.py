@@ -120,7 +120,7 @@ def run(config: TrainClipConfig) -> Path:
     """Train; returns the model's directory. Raises ValueError for the user's mistakes, before the worker starts."""
     config = dataclasses.replace(config, data=cli.absolute(config.data), output=cli.absolute(config.output))
     find_units(config.data)
-    output = cli.require_writable(config.output)
+    output = loop.require_places(config)
     values = cli.config_values(config)
     cli.require_same_config(output, values)
     model = output / "model"

@@ -104,7 +104,7 @@ def run(config: TrainPriorConfig) -> Path:
         bundle=None if config.bundle is None else cli.absolute(config.bundle),
     )
     _check_data(config)
-    output = cli.require_writable(config.output)
+    output = loop.require_places(config)
     values = cli.config_values(config)
     cli.require_same_config(output, values)
     model, finished = output / "model", output / "logged_model.txt"

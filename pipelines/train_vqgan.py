@@ -56,7 +56,7 @@ def run(config: TrainVQConfig) -> Path:
         name = cli.absolute_if_directory(config.loss.perceptual_model)
         config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, perceptual_model=name))
         perceptual_distance(str(name))
-    output = cli.require_writable(config.output)
+    output = loop.require_places(config)
     values = cli.config_values(config)
     cli.require_same_config(output, values)
     bundle = output / "model"

@@ -57,10 +57,12 @@ class Place:
 
     def command(self, name: str, *more: object) -> list:
         """The same run as a program; which samples it sees is in `name`.ids."""
-        return [
-            sys.executable, ROOT / "tests/recorded_train.py", self.root / f"{name}.ids", "tiny", "--data", self.tokens,
-            "--vqgan", self.vqgan, "--output", self.root / name, *FLAGS, *map(str, more),
-        ]  # fmt: skip
+        program = [sys.executable, ROOT / "tests/recorded_train.py", self.root / f"{name}.ids"]
+        return [*program, *self.train_arguments(name), *map(str, more)]
+
+    def train_arguments(self, name: str) -> list:
+        """Of train.py."""
+        return ["tiny", "--data", self.tokens, "--vqgan", self.vqgan, "--output", self.root / name, *FLAGS]
 
     def run(self, name: str, poisoned_step: int | None = None, **changes) -> Path:
         """Run in this process's Ray."""
@@ -132,12 +134,17 @@ def largest_difference(a: Path, b: Path) -> float:
     return max((value - theirs[name]).abs().max().item() for name, value in ours.items())
 
 
-def assert_same(output: Path, expected: Path, steps: int = STEPS) -> None:
-    """Curve and weights agree to 1e-5, and samples are those of the other run, each once an epoch."""
+def assert_same_result(output: Path, expected: Path, steps: int = STEPS) -> None:
+    """Curve and weights agree to 1e-5."""
     ours, theirs = curve(output), curve(expected)
     assert list(ours) == list(theirs) == list(range(20, steps + 1, 20))
     assert largest_difference(output, expected) <= 1e-5
     np.testing.assert_allclose(list(ours.values()), list(theirs.values()), atol=1e-5, rtol=0)
+
+
+def assert_same(output: Path, expected: Path, steps: int = STEPS) -> None:
+    """Curve and weights agree to 1e-5, and samples are those of the other run, each once an epoch."""
+    assert_same_result(output, expected, steps)
     ids = seen(output)
     assert ids == seen(expected) and list(ids) == list(range(steps))
     for epoch in range(steps // EPOCH):
