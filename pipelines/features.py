@@ -32,6 +32,7 @@ from pipelines.clip_columns import clip_digest
 from pipelines.image_sets import captions as source_captions
 from pipelines.progress import Progress
 from pipelines.source_contract import Sample, Unit
+from pipelines.source_files import exists, join
 from pipelines.sources import find_units, read_unit
 from pipelines.token_dataset import TokenBatch, TokenDataset, require_vqgan
 
@@ -97,7 +98,7 @@ def captions(uri: str, num: int) -> list[str]:
 
 
 def _is_tokens(uri: str) -> bool:
-    return "://" in uri or (Path(uri) / "dataset.json").exists()
+    return exists(join(uri, "dataset.json"))
 
 
 def _tokens(uri: str, model: str | None, num: int) -> ImageSet:

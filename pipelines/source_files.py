@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -128,6 +129,14 @@ class SourceFile(io.BufferedReader):
         super().__init__(raw, buffer_bytes)
 
 
+def exists(uri: str) -> bool:
+    """Whether there is a file. Raises OSError where the store cannot say."""
+    if not is_remote(uri):
+        return os.path.isfile(uri)
+    filesystem, path = _filesystem(uri)
+    return filesystem.get_file_info(path).type == pafs.FileType.File
+
+
 def read_bytes(uri: str) -> bytes:
     """Raises OSError where the file cannot be read."""
     with SourceFile(uri, 1 << 16) as file:
@@ -152,6 +161,12 @@ def tail(uri: str, num_bytes: int) -> bytes:
 def stem(name: str) -> str:
     """`a/b.tar` → `a/b`."""
     return str(PurePosixPath(name).with_suffix(""))
+
+
+def unit_name(shard: str, start: int, digest: str) -> str:
+    """A unit's name, fit for a file's name: its shard's last part, where it starts there, and the digest of what it holds."""
+    last = re.sub(r"[^A-Za-z0-9._-]", "_", shard.rpartition("/")[2])[:80]
+    return f"{last or 'folder'}-{start:08d}-{digest[:8]}"
 
 
 def utf8(name: str) -> str:

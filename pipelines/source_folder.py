@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from pipelines.img2dataset import STATS, failures, read_stats
 from pipelines.source_contract import Reject, Row, SourceConfig, Unit, Wanted
-from pipelines.source_files import IMAGE_SUFFIXES, SourceFile, Tree, is_remote, join, list_tree, utf8
+from pipelines.source_files import IMAGE_SUFFIXES, SourceFile, Tree, is_remote, join, list_tree, unit_name, utf8
 from pipelines.source_rows import MAX_TEXT_BYTES, Member, row_of
 
 T = TypeVar("T")
@@ -86,7 +86,7 @@ def _units(
     for start in range(0, len(samples), size):
         part = tuple(samples[start : start + size])
         sizes = [[key, [[suffix, tree.sizes[key + suffix]] for suffix in suffixes]] for key, suffixes in part]
-        name = f"{PurePosixPath(utf8(folder)).name or 'folder'}-{start:08d}-{_digest(sizes)}"
+        name = unit_name(folder, start, _digest(sizes))
         yield Unit(name, len(part), name, source, FolderSlice(tree.root, part))
 
 
@@ -95,7 +95,7 @@ def _lost(tree: Tree, folder: str, num_images: int, source: SourceConfig, size: 
     total = max(0, stats.count - num_images)
     for start in range(0, total, size):
         stop = min(start + size, total)
-        name = f"{PurePosixPath(folder).name}-lost-{start:08d}-{_digest([folder, stats.digest, num_images, start, stop])}"
+        name = unit_name(f"{folder}-lost", start, _digest([folder, stats.digest, num_images, start, stop]))
         images = tree.uri(folder) if num_images else None
         place = LostSlice(tree.uri(f"{folder}.parquet"), images, f"{folder}/", start, None if stop == total else stop)
         yield Unit(name, stop - start, name, source, place)

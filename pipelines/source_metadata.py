@@ -12,7 +12,7 @@ from typing import Any
 
 from pipelines import source_columns as columns
 from pipelines.source_contract import Reject, Row, SourceConfig, Unit, Wanted
-from pipelines.source_files import SourceFile, Tree, is_remote, join, utf8
+from pipelines.source_files import SourceFile, Tree, is_remote, join, unit_name, utf8
 from pipelines.source_folder import in_threads, read_member
 from pipelines.source_rows import captioned
 
@@ -96,8 +96,8 @@ def _unit(
 ) -> Unit:
     place = MetadataSlice(uri, folder, tree.root, start, part[-1][0].stop, first_line, header, caption, frozenset(repeated))
     contents = [folder, caption, [[line.values, tree.sizes.get(file or "")] for line, file in part]]
-    digest = hashlib.sha256(json.dumps(contents, sort_keys=True, default=str).encode()).hexdigest()[:8]
-    name = f"{PurePosixPath(utf8(folder)).name or 'folder'}-metadata-{first_line:08d}-{digest}"
+    digest = hashlib.sha256(json.dumps(contents, sort_keys=True, default=str).encode()).hexdigest()
+    name = unit_name(f"{folder or 'folder'}-metadata", first_line, digest)
     return Unit(name, len(part), name, source, place)
 
 

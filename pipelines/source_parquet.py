@@ -18,7 +18,7 @@ from pipelines import source_columns as columns
 from pipelines.fetch import Request, fetch_all
 from pipelines.img2dataset import failure, finished_shards
 from pipelines.source_contract import Reject, Row, Sample, SourceConfig, Unit, Wanted
-from pipelines.source_files import Tree, is_remote, open_native, stem, tail, utf8
+from pipelines.source_files import Tree, is_remote, open_native, stem, tail, unit_name, utf8
 from pipelines.source_rows import captioned
 
 THREADS = 32
@@ -113,20 +113,19 @@ def footer(uri: str) -> tuple[pq.FileMetaData, str]:
 
 def _units(tree: Tree, name: str, by_img2dataset: bool, source: SourceConfig, size: int, kind: str) -> Iterator[Unit]:
     uri, label = tree.uri(name), utf8(stem(name))
-    base = label.rpartition("/")[2]
     try:
         metadata, digest = footer(uri)
     except pa.ArrowInvalid as error:
         digest = hashlib.sha256(f"{label} {tree.sizes[name]}".encode()).hexdigest()
-        yield Unit(f"{base}-damaged-{digest[:8]}", 1, uri, source, DamagedTable(label, str(error)))
+        yield Unit(unit_name(f"{label}-damaged", 0, digest), 1, uri, source, DamagedTable(label, str(error)))
         return
     layout = _columns(metadata.schema.to_arrow_schema(), source, uri, kind, by_img2dataset)
     for number, (groups, first, start, stop) in enumerate(_slices(metadata, size)):
-        own = hashlib.sha256(f"{label} {digest} {groups} {start} {stop}".encode()).hexdigest()[:8]
+        own = hashlib.sha256(f"{label} {digest} {groups} {start} {stop}".encode()).hexdigest()
         together = number // URL_UNITS_TOGETHER if kind == "urls" else 0
         prefix = f"{label.rpartition('/')[0]}/".lstrip("/") if by_img2dataset else ""
         place = RowSlice(uri, label, prefix, groups, first, start, stop, layout)
-        unit = f"{base}-{first + start:08d}-{own}"
+        unit = unit_name(label, first + start, own)
         yield Unit(unit, stop - start, f"{uri}#{groups[0]}.{together}", source, place)
 
 

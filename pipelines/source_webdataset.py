@@ -7,6 +7,7 @@ tar: those that are lost, and those it could not fetch or resize.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 from pipelines.img2dataset import STATS, failures, finished_shards, read_stats
 from pipelines.source_contract import Reject, Row, SourceConfig, Unit, Wanted
-from pipelines.source_files import IMAGE_SUFFIXES, Tree, is_remote, stem, utf8
+from pipelines.source_files import IMAGE_SUFFIXES, Tree, is_remote, stem, unit_name, utf8
 from pipelines.source_rows import MAX_TEXT_BYTES, row_of
 from pipelines.tar_walk import DamagedTar, Group, walk
 
@@ -43,6 +44,8 @@ class TarSlice:
     """What was found at the end of those headers."""
     repeated: frozenset[int] = frozenset()
     """Samples whose keys others before `start` have."""
+    version: str = ""
+    """Of a tar whose headers were not read: what is once known of it holds as long as this stays."""
     table: str | None = None
     """img2dataset's Parquet table of the tar."""
     failed: tuple[int, int | None] = (0, 0)
@@ -59,7 +62,7 @@ def find(tree: Tree, source: SourceConfig, rows_per_unit: int) -> Iterator[Unit]
     with ThreadPoolExecutor(THREADS) as pool:
         for found in pool.map(slices, shards):
             for number, (place, num_samples, digest) in enumerate(found):
-                name = f"{utf8(place.name).rpartition('/')[2]}-{number * rows_per_unit:08d}-{digest}"
+                name = unit_name(place.name, number * rows_per_unit, digest)
                 yield Unit(name, num_samples, place.uri, source, place)
 
 
@@ -80,6 +83,7 @@ def _listed(tree: Tree, tar: str, size: int) -> Iterator[tuple[TarSlice, int, st
             start=min(start, in_tar),
             stop=min(stop, in_tar),
             is_last=start < in_tar <= stop or (start == in_tar == 0),
+            version=f"{tree.sizes[tar]} {stats.digest}",
             table=tree.uri(table) if table in tree.sizes else None,
             failed=(max(0, start - in_tar), None if stop == total else max(0, stop - in_tar)),
         )
@@ -128,6 +132,12 @@ def read(units: Sequence[Unit], wanted: Wanted | None, rows: Collection[int] | N
         yield from _Pass(together, wanted, rows).rows()
 
 
+@functools.lru_cache(maxsize=8)
+def _index(uri: str, version: str) -> dict[int, tuple[int, str]]:
+    """Offset and key of a tar's first samples, as far as this process has walked: whoever comes again need not walk so far."""
+    return {}
+
+
 class _Pass:
     """One pass through a tar, for units that follow one another; `chosen` are numbers of samples in the tar, or None for all."""
 
@@ -136,8 +146,12 @@ class _Pass:
         self.place: TarSlice = units[0].place
         self.asked = None if rows is None else sorted(rows)
         self.chosen = None if rows is None else {self.place.start + row for row in rows}
-        self.base = 0 if self.place.offset is None else self.place.start
-        self.keys: set[str] = set()
+        self.index, self.base, self.offset = {}, self.place.start, self.place.offset or 0
+        if self.place.offset is None:
+            self.index = _index(self.place.uri, self.place.version)
+            self.base = min(self.place.start, max(0, len(self.index) - 1))
+            self.offset = self.index[self.base][0] if self.index else 0
+        self.keys = {self.index[number][1] for number in range(self.base)} if self.index else set()
 
     def rows(self) -> Iterator[tuple[Unit, Row]]:
         if self.asked is not None:
@@ -170,7 +184,8 @@ class _Pass:
             return
         buffer_bytes = 8 << 20 if is_remote(self.place.uri) else 1 << 18
         try:
-            for group in walk(self.place.uri, self.place.offset or 0, buffer_bytes, self._max_bytes):
+            for group in walk(self.place.uri, self.offset, buffer_bytes, self._max_bytes):
+                self.index[number] = group.offset, group.key
                 while waiting and number >= waiting[0].place.stop and not waiting[0].place.is_last:
                     waiting.pop(0)
                 if not waiting:

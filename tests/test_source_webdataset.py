@@ -212,6 +212,19 @@ def test_headers_that_ask_for_gigabytes_or_for_endless_recursion(tmp_path):
     assert good(rows) == ["a/a"] and reasons(rows) == {"a.tar": "damaged-shard"}
 
 
+def test_what_was_walked_is_not_walked_again(tmp_path, monkeypatch):
+    root = finished(tmp_path, 40, 40)
+    units = find_units(str(root), 5)
+    walked = []
+    real = tar_walk._split
+    monkeypatch.setattr(tar_walk, "_split", lambda name: walked.append(name) or real(name))
+    rows = [row for unit in units for row in read_unit(unit)]
+    assert good(rows) == [f"0000000{n:02d}" for n in range(40)]
+    assert len(walked) < 1.3 * 40 * 3  # a unit sees the header after its last sample, too
+    assert [row for _, row in read_units(units)] == rows
+    assert [row for unit in reversed(units) for row in reversed(list(read_unit(unit)))] == rows[::-1]
+
+
 def finished(tmp_path, num=7, shard_size=7):
     return write_webdataset(tmp_path / "set", scenes(num, seed=0, held_out=False), shard_size=shard_size)
 
