@@ -158,6 +158,8 @@ class Fetcher:
             attempt += 1
 
     async def _get(self, url: str) -> bytes:
+        if not url.strip().lower().startswith(("http://", "https://")):
+            raise Refusal("bad-url", "neither http nor https")
         with refusals():
             async with self.session.get(url, max_redirects=MAX_REDIRECTS) as response:
                 for answer in (*response.history, response):
@@ -200,6 +202,8 @@ def refusals() -> Iterator[None]:
     """What can go wrong on the web, by name."""
     try:
         yield
+    except Refusal:
+        raise
     except TimeoutError as error:
         raise Refusal("timeout", "no complete answer in time", again=True) from error
     except aiohttp.TooManyRedirects as error:
@@ -213,6 +217,8 @@ def refusals() -> Iterator[None]:
     except (aiohttp.ClientError, OSError) as error:
         private = PRIVATE in str(error)
         raise Refusal("private-address" if private else "connection", error, again=not private) from error
+    except Exception as error:  # one odd URL or answer among millions does not end the job
+        raise Refusal("unexpected", f"{type(error).__name__}: {error}") from error
 
 
 def public_socket(address_info: tuple) -> socket.socket:

@@ -72,6 +72,9 @@ def test_failures_by_name():
             "http://": "bad-url",
             "http://[::1/": "bad-url",
             "file:///etc/passwd": "bad-url",
+            "ws://127.0.0.1/": "bad-url",
+            "http+unix://a/": "bad-url",
+            "http://127.0.0.1:99999/": "bad-url",
         }
         assert dict(zip(expected, reasons(get(*expected, retries=1)), strict=True)) == expected
         assert web.asked["/nothing"] == web.asked["/gone"] == web.asked["/big"] == 1  # 4xx and refusals are not asked again
