@@ -9,24 +9,38 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 MAX_PIXELS = 50_000_000
 """Larger images are refused before they are decoded."""
 
 
-def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """An upright RGB image of encoded bytes; transparency becomes white.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+"""What is decoded. Pillow knows more, and starts another program for one of them (EPS)."""
 
-    Raises ValueError with the reason for bytes that are no image, a damaged one, or one above `max_pixels`.
+
+class ImageError(ValueError):
+    """Bytes that are no usable image; `reason` is a short word to count by."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An upright RGB image of encoded bytes: the first frame of an animation; transparency becomes white.
+
+    Raises ImageError with the reason for bytes that are no image, a damaged one, or one above `max_pixels`.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
-            image: Image.Image = Image.open(io.BytesIO(data))
+            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > max_pixels:
-            raise ValueError(f"{image.width}x{image.height} pixels, more than {max_pixels}")
+            raise ImageError("too-large", f"{image.width}x{image.height} pixels, more than {max_pixels}")
+        if image.mode in ("I", "F"):
+            raise ImageError("unsupported-pixels", f"pixels of mode {image.mode}, whose white is not known")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # Pillow would clip 16-bit greys at 255 rather than scale them
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -34,11 +48,17 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
     except Image.DecompressionBombError as error:
-        raise ValueError(f"more than {max_pixels} pixels") from error
-    except ValueError:
+        raise ImageError("too-large", f"more than {max_pixels} pixels") from error
+    except UnidentifiedImageError as error:
+        raise ImageError("not-an-image", f"not a readable image: {_beginning(data)}") from error
+    except ImageError:
         raise
     except Exception as error:  # Pillow raises TypeError, struct.error and more on damaged files
-        raise ValueError(f"not a readable image: {error}") from error
+        raise ImageError("damaged-image", f"not a readable image: {error}") from error
+
+
+def _beginning(data: bytes) -> str:
+    return f"it begins with {data[:16]!r}" if data else "it is empty"
 
 
 def check_image(image: Tensor, max_pixels: int = MAX_PIXELS) -> None:

@@ -75,17 +75,22 @@ def require_same_config(directory: Path, values: dict[str, Any]) -> None:
     """Write config.json into an output; raises ValueError with the difference where an existing one says otherwise."""
     file = directory / "config.json"
     before = json.loads(file.read_text()) if file.exists() else values
+    require_equal_configs(before, values, str(directory))
+    if values != before or not file.exists():
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(values, indent=1) + "\n")
+        temporary.replace(file)
+
+
+def require_equal_configs(before: dict[str, Any], values: dict[str, Any], where: str) -> None:
+    """Raises ValueError with the difference where an output's config is not the one it is to be continued with."""
     differ = [
         f"{key} {was!r} → {now!r}"
         for key, was, now in _differences(flattened(before), flattened(values))
         if key.split(".")[0] not in FREE
     ]
     if differ:
-        raise ValueError(f"{directory} was made with another config ({', '.join(differ)}); choose another --output")
-    if values != before or not file.exists():
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(values, indent=1) + "\n")
-        temporary.replace(file)
+        raise ValueError(f"{where} was made with another config ({', '.join(differ)}); choose another --output")
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:

@@ -29,11 +29,14 @@ class ClipColumns:
             self.width: int = self.model.encode_text(self.tokenizer([""]).to(device)).shape[1]
 
     @torch.inference_mode()
-    def __call__(self, images: np.ndarray, captions: Sequence[str]) -> dict[str, np.ndarray]:
-        """Columns (B,D) float16 of images (B,H,W,3) uint8 and their captions."""
-        text = self.model.encode_text(self.tokenizer(list(captions)).to(self.device))
-        image = self.model.encode_image(clip_pixels(self.model, list(images)).to(self.device))
-        return {"clip_text": text.cpu().half().numpy(), "clip_image": image.cpu().half().numpy()}
+    def __call__(self, images: np.ndarray, captions: Sequence[str], wanted: Sequence[str]) -> dict[str, np.ndarray]:
+        """The CLIP_COLUMNS wanted (B,D) float16 of images (B,H,W,3) uint8 and their captions."""
+        columns = {}
+        if "clip_text" in wanted:
+            columns["clip_text"] = self.model.encode_text(self.tokenizer(list(captions)).to(self.device))
+        if "clip_image" in wanted:
+            columns["clip_image"] = self.model.encode_image(clip_pixels(self.model, list(images)).to(self.device))
+        return {name: values.cpu().half().numpy() for name, values in columns.items()}
 
 
 def fixed_size_lists(parts: Sequence[np.ndarray], type: pa.FixedSizeListType) -> pa.FixedSizeListArray:

@@ -97,7 +97,9 @@ def _clip_config(config: DemoConfig, images: str, root: Path) -> train_clip.Trai
 
 
 def _tokenize_config(images: str, vqgan: Path, clip: Path, tokens: Path) -> tokenize_images.TokenizeConfig:
-    return tokenize_images.TokenizeConfig(input=images, vqgan=str(vqgan), clip=str(clip), output=str(tokens), image_size=64)
+    return tokenize_images.TokenizeConfig(
+        input=images, vqgan=str(vqgan), clip=str(clip), clip_image=True, clip_text=True, output=str(tokens), resolution=64
+    )
 
 
 def _train_config(config: DemoConfig, tokens: Path, vqgan: Path, clip: Path, prompts: Path, root: Path) -> train.TrainConfig:

@@ -1,10 +1,4 @@
-"""The token dataset: Parquet shards of VQGAN tokens and captions, with `dataset.json` beside them.
-
-Contract (docs/architecture.md): `id`, `tokens` (fixed_size_list<uint16>, row-major), `caption`, `width`, `height`, `sha256`
-and, if asked for, `clip_text` and `clip_image` (fixed_size_list<float16>, NaN in rows that have none: pyarrow 25 writes a null
-there but cannot read it, apache/arrow#35692); schema metadata with grid, codebook size, VQGAN digest, width of the CLIP
-embeddings and format version. Plain pyarrow, DuckDB or pandas read it.
-"""
+"""Reading a token dataset (`pipelines.token_format`) for training: batches of tokens and captions in a fixed order."""
 
 from __future__ import annotations
 
@@ -18,53 +12,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from pipelines.token_format import CLIP_COLUMNS, TokenFormat
 from pipelines.token_order import Piece
-
-FORMAT_VERSION = 1
-CLIP_COLUMNS = ("clip_text", "clip_image")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenFormat:
-    """What a shard's schema metadata says."""
-
-    grid_height: int
-    grid_width: int
-    codebook_size: int
-    vqgan_digest: str
-    clip_embd: int | None = None
-    """Width of the CLIP embeddings; None where there are none."""
-
-    def schema(self) -> pa.Schema:
-        metadata = {f"paella.{name}": str(value) for name, value in vars(self).items() if value is not None}
-        clip_type = None if self.clip_embd is None else pa.list_(pa.float16(), self.clip_embd)
-        clip = [pa.field(name, clip_type, nullable=False) for name in CLIP_COLUMNS if clip_type is not None]
-        return pa.schema(
-            [
-                pa.field("id", pa.string(), nullable=False),
-                pa.field("tokens", pa.list_(pa.uint16(), self.grid_height * self.grid_width), nullable=False),
-                pa.field("caption", pa.string(), nullable=False),
-                pa.field("width", pa.int32()),
-                pa.field("height", pa.int32()),
-                pa.field("sha256", pa.string()),
-                *clip,
-            ],
-            metadata={"paella.format_version": str(FORMAT_VERSION), **metadata},
-        )
-
-    @classmethod
-    def of(cls, schema: pa.Schema, where: str) -> TokenFormat:
-        """Raises ValueError where the schema is not a token dataset's."""
-        metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
-        if metadata.get("paella.format_version") != str(FORMAT_VERSION):
-            raise ValueError(f"{where} is not a token dataset of format {FORMAT_VERSION}")
-        return cls(
-            grid_height=int(metadata["paella.grid_height"]),
-            grid_width=int(metadata["paella.grid_width"]),
-            codebook_size=int(metadata["paella.codebook_size"]),
-            vqgan_digest=metadata["paella.vqgan_digest"],
-            clip_embd=int(metadata["paella.clip_embd"]) if "paella.clip_embd" in metadata else None,
-        )
 
 
 @dataclass(frozen=True)
@@ -119,7 +68,7 @@ class TokenDataset:
 
     def require_clip(self) -> int:
         """The width of the CLIP embeddings. Raises ValueError where there are none."""
-        if self.format.clip_embd is None:
+        if self.format.clip_embd is None or set(self.format.clip_columns) != set(CLIP_COLUMNS):
             raise ValueError(f"{self.uri} has no CLIP embeddings (columns {' and '.join(CLIP_COLUMNS)})")
         return self.format.clip_embd
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from mlflow.entities import Metric, Param
 from PIL import Image
 
 from pipelines import cli
+from pipelines.output_store import Output
 
 EXPERIMENT = "paella"
+RECORD = "mlflow_run.json"
 
 
 @dataclass(frozen=True)
@@ -34,23 +37,29 @@ class Run:
         return MlflowClient(self.tracking_uri)
 
 
-def open_run(output: Path, name: str, config: dict[str, Any]) -> Run:
-    """The MLflow run of an output directory: the one it had before, else a new one with the config as parameters."""
-    record = output / "mlflow_run.json"
-    if record.exists():
-        run = Run(**json.loads(record.read_text()))
+def open_run(output: Path | Output, name: str, config: dict[str, Any]) -> Run:
+    """The MLflow run of an output: the one it had before, else a new one with the config as parameters."""
+    output = Output(str(output)) if isinstance(output, Path) else output
+    if (record := output.read(RECORD)) is not None:
+        run = Run(**json.loads(record))
         run.client().update_run(run.run_id, status="RUNNING")
         return run
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{output.absolute().parent}/mlflow.db"
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_beside(output)}/mlflow.db"
     client = MlflowClient(uri)
     created = client.create_run(_experiment(client, uri), run_name=name)
     run = Run(uri, created.info.run_id)
     params = [Param(key, str(value)[:6000]) for key, value in cli.flattened(config).items()]
     client.log_batch(run.run_id, params=params)
-    temporary = record.with_suffix(".tmp")
-    temporary.write_text(json.dumps(vars(run)) + "\n")
-    temporary.replace(record)
+    output.write(RECORD, (json.dumps(vars(run)) + "\n").encode())
     return run
+
+
+def _beside(output: Output) -> Path:
+    """Where runs are kept that no tracking server keeps: beside a local output, in `runs` for one in a store."""
+    if output.local is not None:
+        return output.local.absolute().parent
+    Path("runs").mkdir(exist_ok=True)
+    return Path("runs").absolute()
 
 
 def _experiment(client: MlflowClient, uri: str) -> str:
@@ -61,7 +70,7 @@ def _experiment(client: MlflowClient, uri: str) -> str:
     return client.create_experiment(EXPERIMENT, artifact_location=artifacts)
 
 
-def log_metrics(run: Run, metrics: dict[str, float], step: int) -> None:
+def log_metrics(run: Run, metrics: Mapping[str, float], step: int) -> None:
     now = int(time.time() * 1000)
     run.client().log_batch(run.run_id, metrics=[Metric(key, value, now, step) for key, value in metrics.items()])
 

@@ -21,7 +21,7 @@ from paella.bundle import load_bundle
 from pipelines import evaluate, features, tracking
 from pipelines.evaluate import EvaluateConfig
 from pipelines.image_sets import decode_captioned
-from pipelines.token_dataset import TokenFormat
+from pipelines.token_format import TokenFormat
 
 
 @pytest.fixture(scope="module")

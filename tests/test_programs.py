@@ -26,7 +26,7 @@ from pipelines.tokenize_images import run as tokenize
 @pytest.fixture(scope="module")
 def tokens(ray_session, scene_shards, vqgan_bundle, tmp_path_factory):
     output = tmp_path_factory.mktemp("tokens") / "set"
-    return tokenize(TokenizeConfig(input=str(scene_shards), vqgan=str(vqgan_bundle), output=str(output), image_size=64))
+    return Path(tokenize(TokenizeConfig(input=str(scene_shards), vqgan=str(vqgan_bundle), output=str(output), resolution=64)))
 
 
 def small_training(tokens, vqgan_bundle, output, **changes) -> train.TrainConfig:

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.prefetch import prefetched
-from pipelines.token_dataset import TokenDataset, TokenFormat
+from pipelines.token_dataset import TokenDataset
+from pipelines.token_format import TokenFormat
 from pipelines.token_order import TokenOrder, rows_before
 from pipelines.token_stream import TokenStream
 

@@ -19,7 +19,8 @@ from paella.prior import load_prior
 from paella.unet import Paella
 from paella.vqgan import VQModel
 from pipelines import tracking, train_prior
-from pipelines.token_dataset import TokenDataset, TokenFormat
+from pipelines.token_dataset import TokenDataset
+from pipelines.token_format import TokenFormat
 from pipelines.token_stream import TokenStream
 
 WIDTH, ROWS, MISSING = 8, 200, {3, 77, 130}
@@ -45,7 +46,7 @@ def write_dataset(path: Path, clip_embd: int | None = WIDTH, texts: bool = True)
     ]  # fmt: skip
     shards = [{"file": f"part-{i}.parquet", "rows": 100} for i in range(2)]
     for index, shard in enumerate(shards):
-        part = [{name: row[name] for name in schema.names} for row in rows[100 * index :][:100]]
+        part = [{name: row.get(name) for name in schema.names} for row in rows[100 * index :][:100]]
         pq.write_table(pa.Table.from_pylist(part, schema=schema), path / shard["file"])
     (path / "dataset.json").write_text(json.dumps({"shards": shards}))
     return path

@@ -21,7 +21,8 @@ from paella.metrics import codebook_use
 from paella.vq_losses import VQLossConfig
 from paella.vqgan import VQModel
 from pipelines import scenes, tracking, train_vqgan
-from pipelines.token_dataset import TokenFormat, require_vqgan
+from pipelines.token_dataset import require_vqgan
+from pipelines.token_format import TokenFormat
 from pipelines.vq_images import Crop, ImageSet, InMemory, Stream
 
 FULL_LOSS = VQLossConfig(adversarial=0.1, adversarial_warmup=5, r1=0.1, lecam=0.01, discriminator_width=8)

@@ -1,0 +1,115 @@
+"""What the tests of tokenizing share: a small VQGAN, configs, reading what was written, and killing jobs and parts of them."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import torch
+
+from paella.bundle import save_vqgan
+from paella.config import VQConfig
+from paella.images import to_tensor
+from paella.vqgan import VQModel
+from pipelines import tokenize_images
+from pipelines.scenes import scenes
+from pipelines.tokenize_config import TokenizeConfig
+
+PROGRAM = Path(__file__).parents[1] / "pipelines" / "tokenize_images.py"
+SETTINGS = {"resolution": 32, "batch_size": 8, "rows_per_unit": 4}
+
+
+def make_vqgan(path: Path) -> Path:
+    """A tiny VQGAN whose codes all occur: with the initial codebook near 0, one code would be nearest to everything."""
+    torch.manual_seed(0)
+    model = VQModel(VQConfig(bottleneck_blocks=1, c_hidden=16, codebook_size=32)).eval()
+    with torch.inference_mode():
+        images = np.stack([image for _, image in scenes(16, seed=9, held_out=False)])
+        latents = model.encode_latents(to_tensor(images)).permute(0, 2, 3, 1).reshape(-1, 4)
+        model.vquantizer.codebook.weight.copy_(latents[torch.randperm(len(latents))[:32]])
+    save_vqgan(path, model)
+    return path
+
+
+def config(images, vqgan, output, **changes) -> TokenizeConfig:
+    return TokenizeConfig(input=str(images), vqgan=str(vqgan), output=str(output), **(SETTINGS | changes))
+
+
+def run(settings: TokenizeConfig) -> Path:
+    return Path(tokenize_images.run(settings))
+
+
+def arguments(images, vqgan, output, *more: object) -> list[str]:
+    settings = [part for name, value in SETTINGS.items() for part in (f"--{name.replace('_', '-')}", value)]
+    return list(map(str, ["--input", images, "--vqgan", vqgan, "--output", output, *settings, *more]))
+
+
+def rows_of(output: Path) -> dict[str, dict]:
+    """All rows by id, read from the shards alone; fails on an id that is there twice."""
+    rows = [row for file in sorted(output.glob("part-*.parquet")) for row in pq.read_table(file).to_pylist()]
+    by_id = {row["id"]: row for row in rows}
+    assert len(by_id) == len(rows)
+    return by_id
+
+
+def rejects_of(output: Path) -> dict[str, str]:
+    rows = [row for file in output.glob("rejects/*.parquet") for row in pq.read_table(file).to_pylist()]
+    assert all(set(row) == {"id", "stage", "reason", "detail"} and row["detail"] for row in rows)
+    return {row["id"]: row["reason"] for row in rows}
+
+
+def start(*args: str) -> subprocess.Popen:
+    """The program, as a user starts it."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_ADDRESS")}
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, PROGRAM, *args], env=environment, text=True, start_new_session=True, **pipes)
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """All descendants: Ray's own processes are in sessions of their own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).children(recursive=True)
+    return []
+
+
+def named(processes: list[psutil.Process], *words: str) -> list[psutil.Process]:
+    """Those whose command line has one of the words."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            line = " ".join(process.cmdline())
+            if any(word in line for word in words):
+                found.append(process)
+    return found
+
+
+def kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=30)
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """The driver and everything it has started."""
+    relatives = family(process.pid)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    kill(relatives)
+    process.communicate()
+
+
+def wait_until(happened: Callable[[], object], process: subprocess.Popen | None = None, timeout_s: float = 150) -> None:
+    """Polls often, since some instants are short. Fails where the program ends first."""
+    deadline = time.monotonic() + timeout_s
+    while not happened():
+        assert time.monotonic() < deadline
+        assert process is None or process.poll() is None, process.communicate(timeout=5)
+        time.sleep(0.002)
