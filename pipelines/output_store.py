@@ -56,6 +56,11 @@ class Output:
         names = {entry["name"].rsplit("/", 1)[-1] for entry in found if entry["type"] == "file"}
         return {name for name in names if not name.startswith(".")}
 
+    def has(self, name: str) -> bool:
+        """Whether there is a file."""
+        filesystem, root = self._store()
+        return filesystem.exists(f"{root}/{name}")
+
     def read(self, name: str) -> bytes | None:
         """A file's bytes; None where there is no such file."""
         filesystem, root = self._store()
@@ -81,7 +86,7 @@ class Output:
     def delete(self, name: str) -> None:
         """Remove a file, if it is there."""
         filesystem, root = self._store()
-        if filesystem.exists(f"{root}/{name}"):
+        if self.has(name):
             filesystem.rm_file(f"{root}/{name}")
 
     def remove_leftovers(self) -> None:

@@ -13,6 +13,7 @@ import json
 import pickle
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,8 +30,8 @@ from pipelines.duplicates import STAGED, move_into_place, perceptual_hash
 from pipelines.output_store import Output
 from pipelines.source_contract import Filtered, Reject, Row, Sample, Unit
 from pipelines.sources import read_unit, read_units
-from pipelines.token_format import TokenFormat
-from pipelines.token_shards import write_unit
+from pipelines.token_format import TokenFormat, shard_name
+from pipelines.token_shards import count, left_out, write_unit
 from pipelines.tokenize_config import TokenizeConfig
 
 ATTEMPTS = 5
@@ -116,6 +117,8 @@ class Decode:
             image = self.crop.decode(sample.image, sample.id)
         except ImageError as error:
             return Reject(sample.id, "decode", error.reason, str(error))
+        if not self.config.in_bucket(image.width, image.height):
+            return Filtered(sample.id, "other-aspect-ratio")
         width, height = sample.meta.get("width", image.width), sample.meta.get("height", image.height)
         if self.filters.too_small(width, height):
             return Filtered(sample.id, "min-size")
@@ -149,10 +152,10 @@ class Encode:
         self.model.to(self.device)
         self.clip = None if config.clip is None else ClipColumns(config.clip, self.device)
         self.byt5 = None if config.text is None else Byt5Columns(config.text, self.device)
-        side = config.resolution // self.model.config.downsampling
+        crop, factor = config.cropping, self.model.config.downsampling
         self.format = TokenFormat(
-            grid_height=side,
-            grid_width=side,
+            grid_height=crop.height // factor,
+            grid_width=crop.width // factor,
             codebook_size=self.model.config.codebook_size,
             vqgan_digest=digest,
             clip_embd=None if self.clip is None else self.clip.width,
@@ -164,15 +167,20 @@ class Encode:
         )
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        side = self.config.resolution
-        return self.write(DecodedUnit.from_arrow(table, side, side))
+        crop = self.config.cropping
+        return self.write(DecodedUnit.from_arrow(table, crop.height, crop.width))
 
     def write(self, decoded: DecodedUnit) -> pa.Table:
         """Encode a unit and put its shard in place; a row that says how many samples were written and left out."""
         write_unit(self.output, decoded.name, self.table(decoded), decoded.rejects)
-        filtered = sum(reject["stage"] == "filter" for reject in decoded.rejects)
-        counts = {"written": len(decoded.rows), "filtered": filtered, "rejected": len(decoded.rejects) - filtered}
-        return pa.table({name: [number] for name, number in counts.items()})
+        return _counts(len(decoded.rows), left_out(decoded.rejects))
+
+    def written(self, unit: str) -> pa.Table | None:
+        """What `write` gave for a unit whose shard is in place; None for one that is to be done."""
+        if not self.output.has(shard_name(unit)):
+            return None
+        counts = count(self.output, [unit])
+        return _counts(counts.written, counts.left_out)
 
     def table(self, decoded: DecodedUnit) -> pa.Table:
         """The unit's shard."""
@@ -194,6 +202,11 @@ class Encode:
         return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
+def _counts(written: int, left_out: Counter[str]) -> pa.Table:
+    filtered = sum(number for key, number in left_out.items() if key.startswith("filter/"))
+    return pa.table({"written": [written], "filtered": [filtered], "rejected": [left_out.total() - filtered]})
+
+
 def _column(field: pa.Field, values: Any, rows: list[dict[str, Any]]) -> pa.Array:
     if values is None:
         return pa.array([row[field.name] for row in rows], type=field.type)
@@ -207,8 +220,11 @@ class DecodeAndEncode:
         self.decode, self.encode = Decode(config), Encode(config)
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        for decoded in self.decode.units(unpacked(table)):
-            yield self.encode.write(decoded)
+        units = unpacked(table)
+        done = {unit.name: self.encode.written(unit.name) for unit in units}  # by one that was lost before its last unit
+        decoded = self.decode.units([unit for unit in units if done[unit.name] is None])
+        for unit in units:
+            yield done[unit.name] or self.encode.write(next(decoded))
 
 
 class MoveIntoPlace:

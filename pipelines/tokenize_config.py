@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -15,6 +17,8 @@ from pipelines.image_decoding import DECODER, Crop
 from pipelines.sample_filters import FilterConfig
 from pipelines.source_contract import SourceConfig
 
+MULTIPLE = 32
+"""Of the sides of buckets, in pixels: what the published models need."""
 PUBLISHED_CLIP = "ViT-H-14/laion2b_s32b_b79k"
 FREE = ("estimate", "batch_size", "source.fetch.timeout_s", "source.fetch.retries", "source.fetch.concurrency")
 """Settings that do not decide what the dataset holds: a job may be continued with others."""
@@ -33,6 +37,11 @@ class TokenizeConfig:
     """Directory or s3:// of the token dataset; the same command with the same output continues it."""
     resolution: int = 256
     """Side in pixels of the square that images are scaled and cropped to."""
+    aspect_ratios: tuple[str, ...] = ()
+    """In place of one dataset of squares, one for each of these (1:1 3:2 2:3), of the images whose own ratio is nearest to it, in
+    directories like 320x192 (width, height). Sides are multiples of 32; the input is read once for each."""
+    bucket: Annotated[str | None, tyro.conf.Suppress] = None
+    """The aspect ratio of this dataset, of those above."""
     crop: Literal["center", "random"] = "center"
     """The middle of an image, or a place that follows from its id."""
     filters: Annotated[FilterConfig, tyro.conf.arg(name="")] = field(default_factory=FilterConfig)
@@ -63,6 +72,25 @@ class TokenizeConfig:
         if self.clip is not None and not (self.clip_image or self.clip_text):
             raise ValueError(f"clip={self.clip} is not allowed without clip_image or clip_text: there is nothing to embed")
 
+        for ratio in self.aspect_ratios:
+            if not re.fullmatch(r"[1-9]\d{0,3}:[1-9]\d{0,3}", ratio):
+                raise ValueError(f"aspect_ratios={ratio} is not allowed: width:height, as in 3:2")
+
+    def buckets(self) -> list[TokenizeConfig]:
+        """A job for each dataset: this one, or one for each aspect ratio."""
+        jobs = [dataclasses.replace(self, bucket=ratio) for ratio in self.aspect_ratios]
+        return [
+            dataclasses.replace(job, output=f"{self.output.rstrip('/')}/{job.cropping.width}x{job.cropping.height}")
+            for job in jobs
+        ] or [self]
+
+    def in_bucket(self, width: int, height: int) -> bool:
+        """Whether an image of this size belongs to this dataset."""
+        if self.bucket is None:
+            return True
+        nearest = min(self.aspect_ratios, key=lambda ratio: abs(math.log(_ratio(ratio) * height / width)))
+        return nearest == self.bucket
+
     def absolute(self) -> TokenizeConfig:
         """With paths that mean the same in workers, which run in directories of their own."""
         named = self.clip or (PUBLISHED_CLIP if self.clip_image or self.clip_text else None)
@@ -77,7 +105,11 @@ class TokenizeConfig:
 
     @property
     def cropping(self) -> Crop:
-        return Crop(self.resolution, self.resolution, self.crop)
+        if self.bucket is None:
+            return Crop(self.resolution, self.resolution, self.crop)
+        root = math.sqrt(_ratio(self.bucket))
+        height, width = (max(1, round(side / MULTIPLE)) * MULTIPLE for side in (self.resolution / root, self.resolution * root))
+        return Crop(height, width, self.crop)
 
     @property
     def clip_columns(self) -> tuple[str, ...]:
@@ -97,3 +129,8 @@ class TokenizeConfig:
             "decoder": DECODER,
         }
         return {name: value for name, value in values.items() if name not in FREE}
+
+
+def _ratio(text: str) -> float:
+    width, height = text.split(":")
+    return int(width) / int(height)

@@ -42,14 +42,20 @@ LOG_EVERY_S = 30.0
 
 
 def run(config: TokenizeConfig) -> str:
-    """Tokenize; returns the dataset's URI. Raises ValueError for the user's mistakes, before Ray starts."""
+    """Tokenize; returns the output's URI. Raises ValueError for the user's mistakes, before Ray starts."""
     config = config.absolute()
+    for job in config.buckets():
+        _make_dataset(job)
+    return config.output
+
+
+def _make_dataset(config: TokenizeConfig) -> None:
     model, digest = load_vqgan(config.vqgan)
     _require_models(config, model)
     units = find_units(config.input, config.rows_per_unit, config.source)
     if config.estimate:
         print(estimate(config, units))
-        return config.output
+        return
     output = Output(config.output)
     output.require_writable()
     output.require_same_config(config.binding(digest))
@@ -57,7 +63,7 @@ def run(config: TokenizeConfig) -> str:
     missing = [unit for unit in units if unit.name not in finished]
     if not missing and _listed(output) == len(units):
         print(f"tokenizing is finished: {config.output}")
-        return config.output
+        return
     tracked = tracking.open_run(output, "tokens", cli.config_values(config))
     rate = _tokenize(config, output, missing, _num_samples(units), tracked) if missing else {}
     counts = count(output, [unit.name for unit in units])
@@ -67,15 +73,13 @@ def run(config: TokenizeConfig) -> str:
     info = _info(config, model, digest, counts) | rate
     output.write("dataset.json", (json.dumps(info, indent=1) + "\n").encode())  # last: it says that the dataset is complete
     print(f"{counts}: {config.output}")
-    return config.output
 
 
 def _require_models(config: TokenizeConfig, model: VQModel) -> None:
     """Says here, and not in a worker, what is wrong with the models."""
-    if config.resolution % model.config.downsampling:
-        raise ValueError(
-            f"resolution={config.resolution} is not allowed: the VQGAN needs a multiple of {model.config.downsampling}"
-        )
+    factor = model.config.downsampling
+    if config.cropping.height % factor or config.cropping.width % factor:
+        raise ValueError(f"resolution={config.resolution} is not allowed: the VQGAN needs a multiple of {factor}")
     if config.clip is not None:
         load_clip(config.clip)
     if config.text is not None:
@@ -228,7 +232,7 @@ def _info(config: TokenizeConfig, model: VQModel, digest: str, counts: Counts) -
         "rejects": counts.rejected,
         "shards": counts.shards,
         "resolution": config.resolution,
-        "grid": [config.resolution // model.config.downsampling] * 2,
+        "grid": [side // model.config.downsampling for side in (config.cropping.height, config.cropping.width)],
         "codebook_size": model.config.codebook_size,
         "vqgan_digest": digest,
         "clip": binding["clip"],

@@ -31,7 +31,7 @@ from pipelines.scenes import scenes
 from pipelines.sources import find_units, read_unit
 from pipelines.token_dataset import TokenDataset
 from pipelines.token_format import TokenFormat
-from pipelines.token_stages import Decode, Encode
+from pipelines.token_stages import Decode, DecodeAndEncode, Encode, packed
 from pipelines.tokenize_config import TokenizeConfig
 
 
@@ -233,6 +233,33 @@ def test_filters_and_duplicates_are_counted(tmp_path, vqgan, ray_session, capsys
     assert not list((output / "staged").rglob("*.parquet"))
     run(settings)
     assert "finished" in capsys.readouterr().out
+
+
+def test_what_a_lost_worker_has_written_is_not_done_again(tmp_path, images, vqgan):
+    settings, units = config(images, vqgan, tmp_path / "out"), find_units(str(images), 4)[:3]
+    task = pa.Table.from_pylist(packed([units]))
+    worker = DecodeAndEncode(settings)
+    first = next(iter(worker(task)))
+    (shard,) = (tmp_path / "out").glob("part-*.parquet")
+    before = shard.stat().st_mtime_ns
+    again = list(worker(task))
+    assert [table.to_pylist() for table in again] == [[{"written": 4, "filtered": 0, "rejected": 0}]] * 3
+    assert again[0].equals(first) and shard.stat().st_mtime_ns == before
+
+
+def test_aspect_ratios_have_datasets_of_their_own(tmp_path, vqgan, ray_session):
+    sizes = {"square": (80, 80), "nearly": (90, 80), "wide": (160, 80), "tall": (60, 160)}
+    for name, size in sizes.items():
+        Image.linear_gradient("L").resize(size).convert("RGB").save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(name)
+    output = run(config(tmp_path, vqgan, tmp_path / "out", resolution=64, aspect_ratios=("1:1", "2:1")))
+    square, wide = (output / name for name in ("64x64", "96x32"))
+    assert set(rows_of(square)) == {"square", "nearly", "tall"} and set(rows_of(wide)) == {"wide"}
+    info = json.loads((wide / "dataset.json").read_text())
+    assert info["grid"] == [8, 24] and info["filters"] == {"other-aspect-ratio": 3}
+    assert TokenDataset(str(wide)).format.grid_width == 24
+    with pytest.raises(ValueError, match="aspect_ratios=square is not allowed"):
+        config(tmp_path, vqgan, tmp_path / "out", aspect_ratios=("square",))
 
 
 def test_an_estimate_writes_nothing(images, vqgan, tmp_path, ray_session, capsys):
