@@ -117,13 +117,20 @@ class Attention2d(nn.Module):
 
     def keys_values(self, tokens: Tensor) -> Tensor:
         """Keys and values of tokens, one behind the other: (B,S,C) → (B,S,2C)."""
-        width = tokens.shape[-1]
-        return linear(tokens, self.attn.in_proj_weight[width:], self.attn.in_proj_bias[width:])
+        return self.project_in(tokens, slice(tokens.shape[-1], None))
+
+    def project_in(self, x: Tensor, rows: slice) -> Tensor:
+        """Queries, keys or values: the rows of the one weight that makes all three."""
+        return linear(x, self.attn.in_proj_weight[rows], self.attn.in_proj_bias[rows])
+
+    def project_out(self, x: Tensor) -> Tensor:
+        """What the heads found, mixed: (B,·,C) → (B,·,C)."""
+        return linear(x, self.attn.out_proj.weight, self.attn.out_proj.bias)
 
     def forward(self, x: Tensor, cond: Tensor, cond_mask: Tensor | None) -> Tensor:
         """x (B,H·W,C), cond (B,S,2C) keys and values, cond_mask (B,S) True where a token counts → (B,H·W,C)."""
         batch, positions, width = x.shape
-        q = linear(x, self.attn.in_proj_weight[:width], self.attn.in_proj_bias[:width])
+        q = self.project_in(x, slice(width))
         keys_values = torch.cat([self.keys_values(x), cond], dim=1) if self.self_attn else cond  # (B,N,2C)
         if cond_mask is not None and self.self_attn:
             cond_mask = F.pad(cond_mask, (positions, 0), value=True)  # (B,N)
@@ -133,7 +140,7 @@ class Attention2d(nn.Module):
         mask = None if cond_mask is None else cond_mask[:, None, None, :]
         out = attend(q, k, v, mask, self.attn.dropout if self.training else 0.0)
         out = out.transpose(1, 2).reshape(batch, positions, width)
-        return linear(out, self.attn.out_proj.weight, self.attn.out_proj.bias)
+        return self.project_out(out)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:

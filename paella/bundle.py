@@ -193,7 +193,7 @@ def vqgan_digests(uri: str) -> list[str]:
         raise ValueError(f"{uri} holds no VQGAN: its config.json lacks {error}") from error
 
 
-def _model(uri: str, values: dict) -> tuple[ModelConfig, dict[str, str]]:
+def model_config(uri: str, values: dict) -> tuple[ModelConfig, dict[str, str]]:
     """The config in the values of a config.json, and the digests of its networks. Raises ValueError where one is missing."""
     try:
         digests = values.pop("digests")
@@ -230,7 +230,7 @@ def load_bundle(
     root, values = read_config(uri)
     if "unet" not in values:
         raise ValueError(f"{uri} holds no U-Net, so it cannot generate")
-    config, digests = _model(uri, values)
+    config, digests = model_config(uri, values)
     unet = load_weights(lambda: Paella(config.unet), root, "unet", digests["unet"], verify=verify).to(device, dtype)
     vqgan = load_weights(lambda: VQModel(config.vqgan), root, "vqgan", digests["vqgan"], verify=verify).to(device, dtype)
     prior = None
@@ -248,7 +248,7 @@ def add_prior(uri: str, prior_uri: str, path: Path) -> None:
     root, values = read_config(uri)
     if "unet" not in values:
         raise ValueError(f"{uri} holds no U-Net, so a prior is of no use to it")
-    without, digests = _model(uri, values)
+    without, digests = model_config(uri, values)
     config = dataclasses.replace(without, prior=prior.config)
     with new_directory(path, replace=True) as directory:
         shutil.copytree(root, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LISTING))
@@ -262,7 +262,7 @@ def replace_vqgan(uri: str, vqgan_uri: str, path: Path) -> None:
     root, values = read_config(uri)
     if "unet" not in values:
         raise ValueError(f"{uri} holds no U-Net, so there is nothing to join the VQGAN to")
-    config, digests = _model(uri, values)
+    config, digests = model_config(uri, values)
     if digests["vqgan"] not in (same := vqgan_digests(vqgan_uri)):
         raise ValueError(f"the VQGAN {digest} in {vqgan_uri} makes other tokens than VQGAN {digests['vqgan']} of {uri}")
     with new_directory(path, replace=True) as directory:

@@ -48,7 +48,7 @@ class TrainingState:
     def load(self, uri: str) -> None:
         """Read a directory or URI of shards, each rank what it needs of them."""
         values = self._values()
-        dcp.load(values, storage_reader=_reader(uri))
+        dcp.load(values, storage_reader=reader(uri))
         set_state_dict(self.model, self.optimizers, model_state_dict=values["model"], optim_state_dict=values["optimizer"])
 
     def _values(self) -> dict[str, Any]:
@@ -56,7 +56,8 @@ class TrainingState:
         return {"model": model, "optimizer": optimizer, "ema": self.ema.shadow}
 
 
-def _reader(uri: str) -> dcp.FileSystemReader:
+def reader(uri: str) -> dcp.FileSystemReader:
+    """Reads the shards in a directory or at a URI."""
     if "://" not in uri:
         return dcp.FileSystemReader(uri)
     from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader

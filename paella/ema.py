@@ -11,14 +11,15 @@ from torch.distributed.tensor import DTensor
 
 
 class Ema:
-    """Averages of a model's trained parameters, in float32.
+    """Averages of a model's trained parameters, in float32. With a decay of 0 they are the parameters, and take no memory.
 
     The decay grows to `decay` as (1 + step) / (10 + step), so that an early average is not mostly the random start.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.shadow = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+        trained = ((name, value) for name, value in model.named_parameters() if value.requires_grad)
+        self.shadow = {name: value.detach().clone() for name, value in trained} if decay > 0 else {}
 
     @torch.no_grad()
     def restart(self, model: nn.Module) -> None:
@@ -30,7 +31,8 @@ class Ema:
     def update(self, model: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
         averages, values = self._local(model)
-        torch._foreach_lerp_(averages, values, 1 - decay)
+        if averages:
+            torch._foreach_lerp_(averages, values, 1 - decay)
 
     @contextmanager
     def swapped_into(self, model: nn.Module) -> Iterator[None]:

@@ -1,22 +1,62 @@
-"""Sharding, applied from outside the model: FSDP2 over all workers, on CPUs (gloo) and GPUs (nccl) alike."""
+"""Sharding, recomputing and compiling, applied from outside the model: FSDP2, on CPUs (gloo) and GPUs (nccl) alike."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_reduce as all_reduce_with_gradient
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
 
 from paella.blocks import AttnBlock, ResBlock
 from paella.prior import PriorBlock
 
 MIN_UNIT_PARAMETERS = 1_000_000
 """A block smaller than this is gathered with its parent: one large transfer beats many small ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How a model is spread over workers, and what is traded for memory and speed; none of it changes what is learned."""
+
+    reshard_after_forward: bool = True
+    """Give a block's gathered weights back after its forward pass and gather them again for the backward pass (ZeRO-3);
+    keeping them in between is faster where memory allows (ZeRO-2)."""
+    shard_group_size: int | None = None
+    """Hybrid sharding: weights are sharded over this many workers, those of a node say, and every group holds them all; gradients
+    are summed over groups. All workers if not given."""
+    activation_checkpointing: bool = False
+    """Keep only what goes into each block and compute the rest again in the backward pass: a third more work, less memory."""
+    compile: bool = False
+    """Compile the blocks (torch.compile): minutes at the start, faster steps."""
+    accumulate: int = 1
+    """Parts in which a worker passes its share of a batch through the model, before one optimizer step."""
+    loss_chunk: int | None = None
+    """Tokens whose logits exist at the same time: float32 logits of all of them are 134 MB an image with 8192 codes. All if not
+    given."""
+
+    def __post_init__(self) -> None:
+        for name in ("shard_group_size", "accumulate", "loss_chunk"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"parallel.{name}={value} is not allowed: an integer of at least 1")
+
+    def require_fits(self, num_workers: int, global_batch_size: int) -> None:
+        """Raises ValueError where workers do not divide into groups, or their share of a batch into parts."""
+        if self.shard_group_size is not None and num_workers % self.shard_group_size:
+            raise ValueError(f"parallel.shard_group_size={self.shard_group_size} must divide num_workers={num_workers}")
+        if global_batch_size % (num_workers * self.accumulate):
+            raise ValueError(
+                f"global_batch_size={global_batch_size} must be a multiple of num_workers={num_workers} times "
+                f"parallel.accumulate={self.accumulate}"
+            )
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -32,24 +72,93 @@ def _cpu_multiplies_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def shard(model: nn.Module, dtype: torch.dtype) -> None:
+def shard(model: nn.Module, dtype: torch.dtype, config: ParallelConfig | None = None) -> None:
     """Shard a model's parameters in place over all workers; forward and backward run in `dtype`.
 
     The model casts what it multiplies. FSDP would cast every input, noise levels too, and the embedding of t = 0.40507 is another
     than that of 0.40430, its nearest in bfloat16: training would not see the levels that sampling does.
+
+    Besides `forward`, a method `losses` may be called on the sharded model.
     """
+    config = config or ParallelConfig()
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for module in model.modules():
-        if isinstance(module, ResBlock | AttnBlock | PriorBlock) and count_parameters(module) >= MIN_UNIT_PARAMETERS:
-            fully_shard(module, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+    mesh = _mesh(config.shard_group_size)
+    blocks = [module for module in model.modules() if isinstance(module, ResBlock | AttnBlock | PriorBlock)]
+    for block in blocks:
+        _in_training(block, config)
+        if count_parameters(block) >= MIN_UNIT_PARAMETERS:
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    if hasattr(model, "losses"):
+        register_fsdp_forward_method(model, "losses")
+
+
+def _mesh(group_size: int | None) -> DeviceMesh | None:
+    """Groups of workers in order of rank, neighbours in a group; None for one group of all."""
+    if group_size is None or group_size == num_workers():
+        return None
+    shape = num_workers() // group_size, group_size
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _in_training(block: nn.Module, config: ParallelConfig) -> None:
+    """Recompute and compile a block's forward as configured, in training only: sampling has other shapes and no gradients.
+
+    The method is replaced in place, inside FSDP's hooks; no module is wrapped, so that names and classes stay what they are.
+    """
+    plain = training = block.forward
+    if config.compile:
+        # one compiled graph serves all blocks of a shape, but each shape and each length of text counts against this limit
+        torch._dynamo.config.recompile_limit = 64
+        training = torch.compile(training)
+    if config.activation_checkpointing:
+        training = functools.partial(checkpoint, training, use_reentrant=False)
+    if training is not plain:
+        block.forward = _Choice(block, training, plain)  # type: ignore[method-assign]
+
+
+class _Choice:
+    """A block's forward: one in training, another else."""
+
+    def __init__(self, block: nn.Module, training: Callable, otherwise: Callable) -> None:
+        self.block, self.training, self.otherwise = block, training, otherwise
+
+    def __call__(self, *args: object, **kwargs: object) -> Tensor:
+        return (self.training if self.block.training else self.otherwise)(*args, **kwargs)
+
+
+def sum_gradients_with(model: nn.Module, is_last: bool) -> None:
+    """Before a pass over a part of a batch: its gradients stay on this worker, in float32, until the last part's are there."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_last)
 
 
 @contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Passes without gradients, in eval mode, by all workers together, of a model that trains.
+
+    What a pass leaves gathered is given back: training would go on with it, even where the weights have been others in the block.
+    """
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        model.train()
+
+
+@contextmanager
+def gathered(model: nn.Module, *, reshard_after_forward: bool = True) -> Iterator[None]:
     """Whole weights on every worker, so that parts of a sharded model can be called without its own forward and its collectives.
 
     Workers may then make different numbers of passes. No gradients.
+
+    Args:
+        reshard_after_forward: what the model was sharded with, and what holds again afterwards.
     """
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
@@ -59,7 +168,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for unit in units:
-            unit.set_reshard_after_forward(unit is not model, recurse=False)  # as `fully_shard` has it
+            unit.set_reshard_after_forward(reshard_after_forward and unit is not model, recurse=False)
             unit.reshard()
 
 

@@ -9,15 +9,18 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from paella.blocks import Attention2d, ResBlock
 from paella.conditioning import TextEncoders
 from paella.config import ModelConfig
+from paella.lora import PREFIX as ADAPTER_PREFIX
 from paella.muon import Muon
 from paella.objective import add_noise, loss_weight
 from paella.prior import PriorBlock
@@ -25,6 +28,8 @@ from paella.unet import Paella
 
 NUM_BUCKETS = 4
 """Noise levels are reported in quarters of [0, 1]."""
+BATCH_SEED = 2**63
+"""Added to the seed for what is drawn once a batch, so that no sample's random numbers are met again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +66,7 @@ class OptimConfig:
         made: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(others, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=True)
         ]
-        if self.matrix_lr is not None:
+        if matrices and self.matrix_lr is not None:  # LoRA leaves none
             made.append(Muon(matrices, lr=self.matrix_lr, weight_decay=self.weight_decay))
         return made
 
@@ -79,26 +84,37 @@ class OptimConfig:
 
 
 def block_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The weight matrices of the U-Net's MLPs and attention, or of the prior's blocks: what Muon is for."""
+    """The trained weight matrices of the U-Net's MLPs and attention, or of the prior's blocks: what Muon is for."""
     blocks = [module for module in model.modules() if isinstance(module, ResBlock | Attention2d | PriorBlock)]
-    return [parameter for block in blocks for parameter in block.parameters() if parameter.ndim == 2]
+    named = [item for block in blocks for item in block.named_parameters() if item[1].ndim == 2 and item[1].requires_grad]
+    return [parameter for name, parameter in named if ADAPTER_PREFIX not in name]
 
 
 class TextToTokens(nn.Module):
     """U-Net and T5-family encoder as one module, so that they shard, train and average together.
 
-    CLIP is no part of it: its embeddings come with the tokens.
+    An encoder that is loaded and not trained is used, but no part of the module: it is neither sharded nor averaged nor saved.
+    Nor is CLIP, whose embeddings come with the tokens.
+
+    Args:
+        device, text_dtype: of an encoder that is loaded.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    text: TextEncoders
+
+    def __init__(self, config: ModelConfig, *, device: str | torch.device = "cpu", text_dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.config = config.unet
         self.unet = Paella(config.unet)
         # what no loss reaches must not be in the optimizer: its state would never come to be, and a resume would miss it
         for mapper in (self.unet.clip_mapper, self.unet.clip_image_mapper):
             mapper.requires_grad_(config.text.clip is not None)
-        joint, text = config.text.new_byt5 is not None, dataclasses.replace(config.text, clip=None)
-        self.text = TextEncoders.create(text) if joint else TextEncoders.load(text).requires_grad_(False)
+        text = dataclasses.replace(config.text, clip=None)
+        if config.text.new_byt5 is not None:
+            self.text = TextEncoders.create(text)
+        else:
+            loaded = TextEncoders.load(text, device=device, dtype=text_dtype).requires_grad_(False)
+            object.__setattr__(self, "text", loaded)  # past nn.Module's registry
 
     def forward(
         self,
@@ -114,13 +130,51 @@ class TextToTokens(nn.Module):
 
         What is not kept is zeros (text) or not attended to (image embeddings), as in sampling without it.
         """
+        return self.unet.out_mapper(self._features(tokens, t, ids, mask, keep, clip, clip_image))
+
+    def losses(self, targets: Tensor, *inputs: Any, label_smoothing: float, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+        """What `forward` of the same inputs loses on targets (B,H,W): the cross-entropy of each token, (B·H·W,) float32, and
+        whether its likeliest code is right.
+
+        With a chunk no more than that many tokens have logits at the same time; the backward pass computes them again.
+        """
+        features = self._features(*inputs)
+        rows = features.permute(0, 2, 3, 1).flatten(0, 2)  # (B·H·W,c_out), a view
+        if chunk is None:
+            parts = [_token_losses(self.unet.out_mapper, rows, targets.flatten(), label_smoothing)]
+        else:
+            pieces = zip(rows.split(chunk), targets.flatten().split(chunk), strict=True)
+            parts = [
+                checkpoint(_token_losses, self.unet.out_mapper, *piece, label_smoothing, use_reentrant=False) for piece in pieces
+            ]
+        losses, right = (torch.cat(values) for values in zip(*parts, strict=True))
+        return losses, right
+
+    def _features(
+        self,
+        tokens: Tensor,
+        t: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        keep: Keep,
+        clip: Tensor | None = None,
+        clip_image: Tensor | None = None,
+    ) -> Tensor:
         states = self.text.states(ids, mask) * keep.caption[:, None, None]
         if clip is not None and clip_image is not None:
             number = self.config.clip_seq_len
             text = mask.new_ones(len(mask), number)
             mask = torch.cat([mask, text, keep.clip_image[:, None].expand(-1, number)], dim=1)
             clip = clip * (keep.caption & keep.clip)[:, None]
-        return self.unet(tokens, t, byt5=states, byt5_mask=mask, clip=clip, clip_image=clip_image)
+        return self.unet.features(tokens, t, byt5=states, byt5_mask=mask, clip=clip, clip_image=clip_image)
+
+
+def _token_losses(out_mapper: nn.Module, features: Tensor, targets: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and whether the likeliest code is right, of tokens with features (N,C) and targets (N,): both (N,)."""
+    logits = out_mapper(features.T[None, :, :, None])  # (1,K,N,1), the features being channels-last as they are
+    logits = logits[0, :, :, 0].T.float()  # (N,K), a view where the logits are float32: softmax is fast over the last axis
+    losses = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")
+    return losses, logits.detach().argmax(1) == targets
 
 
 @dataclass(frozen=True)
@@ -133,6 +187,9 @@ class Keep:
     caption: Tensor
     clip: Tensor
     clip_image: Tensor
+
+    def __getitem__(self, rows: slice) -> Keep:
+        return Keep(self.caption[rows], self.clip[rows], self.clip_image[rows])
 
     def to(self, device: torch.device) -> Keep:
         return Keep(self.caption.to(device), self.clip.to(device), self.clip_image.to(device))
@@ -150,6 +207,8 @@ class NoiseConfig:
     """Of a model with CLIP: share of the captions that come with their CLIP embedding."""
     keep_clip_image: float = 0.1
     """Of a model with CLIP: share of images with the CLIP embedding of the image itself."""
+    drop_by: str = "sample"
+    """What the conditions are kept or taken from as one: each sample for itself, or the whole batch of a step (published)."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.t_scale <= 10:
@@ -157,6 +216,8 @@ class NoiseConfig:
         for name in ("drop_caption", "keep_clip", "keep_clip_image"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"noise.{name}={getattr(self, name)} is not allowed: 0 to 1")
+        if self.drop_by not in ("sample", "batch"):
+            raise ValueError(f"noise.drop_by={self.drop_by!r} is not allowed: sample or batch")
 
 
 @dataclass(frozen=True)
@@ -168,13 +229,20 @@ class Draws:
     weight: Tensor
     keep: Keep
 
+    def __getitem__(self, rows: slice) -> Draws:
+        return Draws(self.t[rows], self.noised[rows], self.weight[rows], self.keep[rows])
 
-def draw_noise(tokens: Tensor, num_labels: int, seed: int, samples: Sequence[int], config: NoiseConfig) -> Draws:
+    def to(self, device: torch.device) -> Draws:
+        return Draws(self.t.to(device), self.noised.to(device), self.weight.to(device), self.keep.to(device))
+
+
+def draw_noise(tokens: Tensor, num_labels: int, seed: int, samples: Sequence[int], config: NoiseConfig, step: int = 0) -> Draws:
     """Noise of each image from its own number in the run, so that it does not depend on the number of workers.
 
     Args:
         tokens: (B,H,W) clean tokens.
         samples: for each image, step · global batch size + its place in the global batch.
+        step: what conditions that are dropped by the batch are drawn from.
     """
     shape = tuple(tokens.shape[1:])
     rngs = [np.random.Generator(np.random.Philox(key=[seed, sample])) for sample in samples]
@@ -184,24 +252,23 @@ def draw_noise(tokens: Tensor, num_labels: int, seed: int, samples: Sequence[int
     t = ((1 - t) * config.t_scale).clamp(0.001, 1)
     mask = (uniform <= t[:, None, None]).long()
     noised, _ = add_noise(tokens, t, mask=mask, random_tokens=random_tokens)
+    if config.drop_by == "batch":
+        rng = np.random.Generator(np.random.Philox(key=np.array([seed + BATCH_SEED, step], np.uint64)))
+        kept = list(torch.from_numpy(rng.random((3, 1), dtype=np.float32)).expand(3, len(t)))
     keep = Keep(kept[0] >= config.drop_caption, kept[1] < config.keep_clip, kept[2] < config.keep_clip_image)
     return Draws(t, noised, loss_weight(t, mask), keep)
 
 
-def loss_and_metrics(logits: Tensor, tokens: Tensor, draws: Draws, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """The loss of a batch, and sums for its metrics.
+def loss_and_metrics(losses: Tensor, right: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    """The loss of a batch, and sums for its metrics, from what `TextToTokens.losses` returns.
 
     Returns:
         the mean loss, and (2 + 2·NUM_BUCKETS,) sums: accuracy, loss, then loss and number of images by noise level.
     """
-    flat = logits.permute(0, 2, 3, 1).reshape(-1, logits.shape[1]).float()  # softmax is fast over the last axis
-    per_token = F.cross_entropy(flat, tokens.flatten(), label_smoothing=label_smoothing, reduction="none")
-    weighted = per_token.view_as(tokens) * draws.weight
-    per_image = weighted.sum((1, 2)) / draws.weight.sum((1, 2))  # (B,)
+    per_image = (losses.view_as(draws.weight) * draws.weight).sum((1, 2)) / draws.weight.sum((1, 2))  # (B,)
     loss = per_image.mean()
     with torch.no_grad():
-        accuracy = (flat.argmax(1) == tokens.flatten()).float().mean()
-        sums = torch.cat([torch.stack([accuracy, loss]), sums_by_level(draws.t, per_image)])
+        sums = torch.cat([torch.stack([right.float().mean(), loss]), sums_by_level(draws.t, per_image)])
     return loss, sums
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -186,7 +187,11 @@ class Paella(nn.Module):
             weight = F.pad(weight.expand(len(cond), -1), (cond.shape[1] - weight.shape[-1], 0), value=1.0)
         return cond, mask, weight
 
-    def forward(
+    def forward(self, tokens: Tensor, t: Tensor, **conditions: Any) -> Tensor:
+        """Logits (B,K,H,W) of the clean tokens; arguments and errors as of `features`."""
+        return self.out_mapper(self.features(tokens, t, **conditions))
+
+    def features(
         self,
         tokens: Tensor,
         t: Tensor,
@@ -198,7 +203,7 @@ class Paella(nn.Module):
         attn_weights: Tensor | None = None,
         prepared: Prepared | None = None,
     ) -> Tensor:
-        """Logits of the clean tokens.
+        """What `out_mapper` turns into logits, position by position.
 
         Args:
             tokens: (B,H,W) integers below num_labels; H and W multiples of `config.grid_multiple`.
@@ -211,7 +216,7 @@ class Paella(nn.Module):
             prepared: all of the conditions, from `prepare`, in place of the above.
 
         Returns:
-            (B,K,H,W). Raises ValueError on a grid of the wrong shape.
+            (B,c_out,H,W). Raises ValueError on a grid of the wrong shape.
         """
         multiple = self.config.grid_multiple
         if tokens.ndim != 3 or tokens.shape[1] % multiple or tokens.shape[2] % multiple:
@@ -236,7 +241,7 @@ class Paella(nn.Module):
         skips.pop()
         for index, level in enumerate(self.up_blocks):
             x = self._run(level, x, r_embed, attend, skips.pop() if index > 0 else None)
-        return self.out_mapper(self.clf(x))  # (B,K,H,W)
+        return self.clf(x)  # (B,c_out,H,W)
 
     @staticmethod
     def _run(level: nn.Module, x: Tensor, r_embed: Tensor, attend: _Attend, skip: Tensor | None = None) -> Tensor:

@@ -67,7 +67,9 @@ def config_values(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-FREE = ("num_workers", "min_workers", "checkpoint_every", "recovery")
+FREE = (
+    "num_workers", "min_workers", "parallel", "checkpoint_every", "recovery", "sample_every", "validate_every", "profile",
+)  # fmt: skip
 """Settings that a run can be continued with others of: they decide how it runs, not what comes of it."""
 
 

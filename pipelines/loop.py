@@ -228,6 +228,7 @@ class Report:
         shown: those of them that the console shows.
         steps, global_batch_size: of the run.
         unit: what a batch consists of.
+        more: further metrics, given the units a second.
     """
 
     EVERY = 20
@@ -241,7 +242,9 @@ class Report:
         steps: int,
         global_batch_size: int,
         unit: str,
+        more: Callable[[float], dict[str, float]] = lambda rate: {},
     ) -> None:
+        self.more = more
         self.mlflow_run, self.means, self.shown = mlflow_run, means, shown
         self.steps, self.global_batch_size, self.unit = steps, global_batch_size, unit
         self.logged = tracking.last_step(mlflow_run, "grad_norm") if dist.get_rank() == 0 else 0
@@ -272,7 +275,7 @@ class Report:
             return None
         rate = self.timed_steps * self.global_batch_size / (time.monotonic() - self.since)
         values = self.means(mean_over_workers(self.sums).cpu(), self.num_steps)
-        values |= {"grad_norm": grad_norm, "lr": lr, f"{self.unit}_per_s": rate}
+        values |= {"grad_norm": grad_norm, "lr": lr, f"{self.unit}_per_s": rate} | self.more(rate)
         if dist.get_rank() == 0 and step + 1 > self.logged:
             tracking.log_metrics(self.mlflow_run, values, step + 1)
         self._reset()

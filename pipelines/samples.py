@@ -65,7 +65,7 @@ def sample_sharded(
 ) -> Tensor:
     """Token grids of prompts, with their CLIP embeddings (B,D), by a sharded model, whose weights are gathered for as long."""
     size, num_labels = config.model.grid(side, side), config.model.unet.num_labels
-    with gathered(model):
+    with gathered(model, reshard_after_forward=config.parallel.reshard_after_forward):
         canvases = []
         for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             conditions = model.text([prompt])

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from pipelines.held_out import split_rows
 from pipelines.token_format import CLIP_COLUMNS, TokenFormat
 from pipelines.token_order import Piece
 
@@ -42,14 +43,18 @@ class TokenBatch:
 class TokenDataset:
     """What lies in a token dataset, and reading parts of it; `pipelines.token_stream` makes a training run's batches of it.
 
+    Args:
+        hold_out: rows that are not among `shards`, see pipelines.held_out.
+
     Raises ValueError where there is none, or an empty one.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, *, hold_out: int = 0) -> None:
         self.uri = uri
         self.filesystem, self.root = _filesystem(uri)
         self.info = self._read_info()
-        self.shards: list[tuple[str, int]] = sorted((shard["file"], shard["rows"]) for shard in self.info["shards"])
+        shards = sorted((shard["file"], shard["rows"]) for shard in self.info["shards"])
+        self.shards, self.held_out_rows = split_rows(shards, hold_out)
         self.num_rows = sum(rows for _, rows in self.shards)
         if self.num_rows == 0:
             raise ValueError(f"{uri} has no rows")
@@ -104,6 +109,13 @@ class TokenDataset:
         shard = next(index for index, (name, _) in enumerate(self.shards) if name == file)
         table = self.read([Piece(shard, 0, self.shards[shard][1])], self.columns(clip=False))
         return self.to_batch(table.take(rows), clip=False)
+
+    def held_out(self, *, clip: bool = False) -> TokenBatch:
+        """The rows that `hold_out` keeps from training, at most as many as it says."""
+        pieces = [Piece(*piece) for piece in self.held_out_rows]
+        columns = self.columns(clip)
+        table = self.read(pieces, columns) if pieces else self.format.schema().empty_table().select(columns)
+        return self.to_batch(table, clip)
 
     def to_clip(self, table: pa.Table) -> ClipBatch:
         """The CLIP columns of a table."""

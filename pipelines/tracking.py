@@ -104,22 +104,44 @@ def last_step(run: Run, key: str) -> int:
     return max((metric.step for metric in run.client().get_metric_history(run.run_id, key)), default=0)
 
 
+def run_of(output: Path) -> Run:
+    """The MLflow run of an output directory. Raises ValueError where it has none."""
+    try:
+        return Run(**json.loads((output / "mlflow_run.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{output} is not the output of a training run: it has no readable mlflow_run.json") from error
+
+
+def metrics_at(run: Run, step: int) -> dict[str, float]:
+    """Each metric's last value at or before a step."""
+    values = {}
+    for key in sorted(run.client().get_run(run.run_id).data.metrics):
+        if history := [value for at, value in metric_history(run, key) if at <= step]:
+            values[key] = history[-1]
+    return values
+
+
+def register(run: Run, bundle: Path, name: str, alias: str) -> str:
+    """Log a bundle and register it as a model; returns the model's URI by its alias."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    mlflow.set_tracking_uri(run.tracking_uri)
+    status = run.client().get_run(run.run_id).info.status
+    with mlflow.start_run(run_id=run.run_id):
+        info = mlflow.pyfunc.log_model(
+            name="bundle",
+            python_model=str(Path(__file__).with_name("mlflow_model.py")),
+            artifacts={"bundle": str(bundle)},
+            registered_model_name=name,
+            pip_requirements=["paella-ray"],
+        )
+    client = run.client()
+    client.set_registered_model_alias(name, alias, str(info.registered_model_version))
+    client.update_run(run.run_id, status=status)  # a run that is still training goes on
+    return f"models:/{name}@{alias}"
+
+
 def finish_run(run: Run, bundle: Path | None = None, registered_name: str | None = None) -> str | None:
     """End the run; log the bundle and register it as a model. Returns the model's URI by its alias `newest`."""
-    client = run.client()
-    uri = None
-    if bundle is not None and registered_name is not None:
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        mlflow.set_tracking_uri(run.tracking_uri)
-        with mlflow.start_run(run_id=run.run_id):
-            info = mlflow.pyfunc.log_model(
-                name="bundle",
-                python_model=str(Path(__file__).with_name("mlflow_model.py")),
-                artifacts={"bundle": str(bundle)},
-                registered_model_name=registered_name,
-                pip_requirements=["paella-ray"],
-            )
-        client.set_registered_model_alias(registered_name, "newest", str(info.registered_model_version))
-        uri = f"models:/{registered_name}@newest"
-    client.set_terminated(run.run_id)
+    uri = register(run, bundle, registered_name, "newest") if bundle is not None and registered_name is not None else None
+    run.client().set_terminated(run.run_id)
     return uri

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
 
 from paella.bundle import load_vqgan, vqgan_digests
 from paella.config import PRESETS, ModelConfig
+from paella.lora import LoraConfig
+from paella.parallel import ParallelConfig
 from paella.sampler import SamplingConfig
 from paella.training import NoiseConfig, OptimConfig
 from pipelines import cli, loop
 from pipelines.recovery import RecoveryConfig
+from pipelines.sight import steps_of
 from pipelines.token_dataset import TokenDataset, require_vqgan
 from pipelines.token_stream import require_mixture
+
+C = TypeVar("C")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +49,8 @@ class TrainConfig:
     """Workers; each has one GPU, or its share of the CPUs."""
     min_workers: int | None = None
     """Train on as few workers as this where there is no room for num_workers, and on more once there is; None: wait for room."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How the model is spread over workers, and what is traded for memory and speed."""
     precision: str = "auto"
     """Of forward and backward: bf16, float32, or auto (bf16 where the hardware multiplies it)."""
     ema_decay: float = 0.9999
@@ -51,7 +60,10 @@ class TrainConfig:
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     """Of tokens, and what is taken away from the conditions."""
     init: str = "published"
-    """Initial weights: published, or short-run, which starts faster where there are only thousands of steps."""
+    """Initial weights: published; short-run, which starts faster where there are only thousands of steps; or a bundle (directory
+    or URI) to fine-tune."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Train small additions to attention and conditioning layers in place of all weights."""
     seed: int = 0
     """Order of the samples, noise and initial weights."""
     checkpoint_every: int = 5000
@@ -59,7 +71,13 @@ class TrainConfig:
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     """Checkpoints beside those of checkpoint_every, and what happens when something goes wrong."""
     sample_every: int = 5000
-    """Steps between sheets of samples."""
+    """Steps between sheets of samples; 0 draws none."""
+    validation_images: int = 2048
+    """Rows of `data` held out of training, at most; never more than a twentieth of it. 0 holds none out."""
+    validate_every: int = 5000
+    """Steps between validations on them; 0 for none."""
+    profile: str | None = None
+    """Steps to record with torch's profiler: 10:20 leaves a trace of steps 10 to 19 in the output and in MLflow."""
     sample_prompts: str | None = None
     """Text file with the prompts of those sheets, one a line; the dataset's first captions if not given."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -68,14 +86,23 @@ class TrainConfig:
     """Name under which MLflow registers the model."""
 
     def __post_init__(self) -> None:
-        loop.require_run(self, "sample_every")
-        if self.init not in ("published", "short-run"):
-            raise ValueError(f"init={self.init!r} is not allowed: published or short-run")
+        loop.require_run(self)
+        for name in ("sample_every", "validation_images", "validate_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} is not allowed: an integer of at least 0")
+        if self.profile is not None:
+            steps_of(self.profile)
+        for number in range(self.min_workers or self.num_workers, self.num_workers + 1):
+            self.parallel.require_fits(number, self.global_batch_size)
 
     @property
     def datasets(self) -> tuple[str, ...]:
         """All token datasets of the mixture."""
         return (self.data, *self.more_data)
+
+    def training_data(self) -> list[TokenDataset]:
+        """The datasets without the rows that are held out. Raises ValueError where there is no such dataset."""
+        return [TokenDataset(self.data, hold_out=self.validation_images), *(TokenDataset(uri) for uri in self.more_data)]
 
 
 def presets() -> dict[str, TrainConfig]:
@@ -96,10 +123,13 @@ def presets() -> dict[str, TrainConfig]:
         init="short-run",
         checkpoint_every=200,
         sample_every=280,
+        validation_images=128,
+        validate_every=280,
         sampling=SamplingConfig(temperature=(1.0, 0.3), cfg=(1.5, 1.5)),
     )
     small = TrainConfig(**places, model=PRESETS["small"], steps=100_000, global_batch_size=256, ema_decay=0.999)
-    return {"tiny": tiny, "small": small, "paella-1b": TrainConfig(**places, model=PRESETS["paella-1b"])}
+    parallel = ParallelConfig(compile=True, loss_chunk=16_384)
+    return {"tiny": tiny, "small": small, "paella-1b": TrainConfig(**places, model=PRESETS["paella-1b"], parallel=parallel)}
 
 
 def resolved(config: TrainConfig) -> TrainConfig:
@@ -112,13 +142,35 @@ def resolved(config: TrainConfig) -> TrainConfig:
         more_data=tuple(cli.absolute(uri) for uri in config.more_data),
         vqgan=cli.absolute(config.vqgan),
         output=cli.absolute(config.output),
+        init=cli.absolute_if_directory(config.init) or config.init,
         sample_prompts=None if config.sample_prompts is None else cli.absolute(config.sample_prompts),
     )
 
 
+def read_train_config(output: str) -> TrainConfig:
+    """The config of the run in `output`. Raises ValueError where there is none, or none of this version."""
+    file = Path(output) / "config.json"
+    try:
+        config = _from_values(TrainConfig, json.loads(file.read_text()))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{output} is not the output of a training run of this version: {file} cannot be read ({error})"
+        ) from error
+    return dataclasses.replace(config, output=cli.absolute(output))
+
+
+def _from_values(kind: type[C], values: dict[str, Any]) -> C:
+    """A dataclass from what `asdict` and JSON made of it."""
+    hints, made = get_type_hints(kind), {}
+    for name, value in values.items():
+        nested = hints[name] if dataclasses.is_dataclass(hints[name]) else None
+        made[name] = _from_values(nested, value) if nested else tuple(value) if isinstance(value, list) else value
+    return kind(**made)
+
+
 def check_data(config: TrainConfig) -> None:
     """Raises ValueError where dataset, VQGAN, model and prompts do not fit together."""
-    datasets = [TokenDataset(uri) for uri in config.datasets]
+    datasets = config.training_data()
     require_mixture(datasets, config.data_weights, config.global_batch_size)
     dataset = datasets[0]  # the others are like it
     load_vqgan(config.vqgan)

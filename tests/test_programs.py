@@ -1,6 +1,7 @@
 """VQGAN training, U-Net training, generation and the demo as a user runs them: whole runs, kills, reruns, bad input."""
 
 import dataclasses
+import gzip
 import hashlib
 import json
 import os
@@ -11,14 +12,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import ROOT, assert_one_sentence, checkpointed, killed_when, small_config
 from PIL import Image
 
 from paella.bundle import load_bundle
 from paella.config import PRESETS
 from paella.images import to_uint8
+from paella.lora import LoraConfig
+from paella.parallel import ParallelConfig
 from paella.sampler import SamplingConfig
-from pipelines import generate, tracking, train
+from pipelines import export, generate, tracking, train
 from pipelines.tokenize_images import TokenizeConfig
 from pipelines.tokenize_images import run as tokenize
 
@@ -33,16 +37,16 @@ def small_training(tokens, vqgan_bundle, output, **changes) -> train.TrainConfig
     values = {
         "data": str(tokens), "vqgan": str(vqgan_bundle), "output": str(output), "model": small_config(), "steps": 12,
         "global_batch_size": 16, "checkpoint_every": 4, "sample_every": 6, "register_as": "test-model",
-        "sampling": SamplingConfig(num_inference_steps=2),
+        "sampling": SamplingConfig(num_inference_steps=2), "validate_every": 6,
     }  # fmt: skip
     return dataclasses.replace(train.presets()["tiny"], **(values | changes))
 
 
 @pytest.fixture(scope="module")
 def trained(tokens, vqgan_bundle, tmp_path_factory):
-    """A finished run of 12 steps on two workers."""
+    """A finished run of 12 steps on two workers, some of which were recorded."""
     output = tmp_path_factory.mktemp("train") / "run"
-    train.run(small_training(tokens, vqgan_bundle, output))
+    train.run(small_training(tokens, vqgan_bundle, output, profile="7:9"))
     return output
 
 
@@ -54,8 +58,26 @@ def test_training_leaves_a_bundle_samples_and_one_mlflow_run(trained):
     info = run.client().get_run(run.run_id)
     assert info.info.status == "FINISHED"
     assert info.data.params["global_batch_size"] == "16"
-    for name in ("loss", "accuracy", "grad_norm", "lr", "images_per_s"):
+    for name in (
+        "loss", "accuracy", "grad_norm", "lr", "images_per_s", "tflops_per_worker", "mfu", "data_wait", "step_s", "memory_gb",
+        "validation_loss", "validation_accuracy",
+    ):  # fmt: skip
         assert np.isfinite(info.data.metrics[name])
+    assert [step for step, _ in tracking.metric_history(run, "validation_loss")] == [6, 12]
+    kept = {artifact.path for artifact in run.client().list_artifacts(run.run_id)}
+    assert "trace-steps-7-9.json.gz" in kept
+    with gzip.open(trained / "trace-steps-7-9.json.gz") as trace:
+        assert any("conv" in event["name"] for event in json.load(trace)["traceEvents"])
+    pictures = [artifact.path for artifact in run.client().list_artifacts(run.run_id, "images")]
+    assert any("reconstructions" in path for path in pictures) and any("samples" in path for path in pictures)
+    card = (trained / "model" / "model_card.md").read_text()
+    for words in (
+        "92 images as grids of 16x16",
+        "12 of 12, 16 images each: 192 image views",
+        "| validation_loss |",
+        "new weights",
+    ):
+        assert words in card
     assert any(name.startswith("loss_t_") for name in info.data.metrics)
     uri = (trained / "registered_model.txt").read_text().strip()
     os.environ["MLFLOW_TRACKING_URI"] = run.tracking_uri
@@ -68,9 +90,39 @@ def test_training_leaves_a_bundle_samples_and_one_mlflow_run(trained):
         del os.environ["MLFLOW_TRACKING_URI"]
 
 
+def test_fine_tuning_with_lora_and_exporting_a_checkpoint_of_it(trained, tokens, vqgan_bundle, tmp_path):
+    """Everything but adapters stays as in the bundle it started from, which a checkpoint's bundle shows after as many steps."""
+    changes = {"init": str(trained / "model"), "lora": LoraConfig(rank=2), "parallel": ParallelConfig(accumulate=2)}
+    short = {"steps": 4, "checkpoint_every": 2, "sample_every": 0, "validate_every": 0}
+    output = tmp_path / "tuned"
+    train.run(small_training(tokens, vqgan_bundle, output, **changes, **short))
+    export.run(export.ExportConfig(run=str(output), output=str(tmp_path / "exported"), step=2, register_as="tuned", alias="two"))
+    start, half, end = (load_bundle(str(path)) for path in (trained / "model", tmp_path / "exported", output / "model"))
+    states = [bundle.unet.state_dict() for bundle in (start, half, end)]
+    for name, before, between, after in zip(states[0], *(state.values() for state in states), strict=True):
+        if not name.endswith(("in_proj_weight", "out_proj.weight", "kv_mapper.1.weight")) and name != "byt5_mapper.weight":
+            assert torch.equal(before, between) and torch.equal(before, after), name
+    for earlier, later in ((0, 1), (1, 2)):
+        name = "byt5_mapper.weight"
+        assert not torch.equal(states[earlier][name], states[later][name]), "adapters have moved"
+    card = (tmp_path / "exported" / "model_card.md").read_text()
+    assert "2 of 4" in card and "the bundle `model`, LoRA of rank 2" in card
+    mlflow_run = tracking.run_of(output)
+    version = mlflow_run.client().get_model_version_by_alias("tuned", "two")
+    assert version.run_id == mlflow_run.run_id
+    assert mlflow_run.client().get_run(mlflow_run.run_id).info.status == "FINISHED"
+    for config, words in [
+        (export.ExportConfig(run=str(output), output=str(output / "model")), "exists already"),
+        (export.ExportConfig(run=str(output), output=str(tmp_path / "x"), step=3), "no checkpoint of step 3"),
+        (export.ExportConfig(run=str(tmp_path), output=str(tmp_path / "x")), "is not the output of a training run"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            export.run(config)
+
+
 def test_finished_training_does_nothing(trained, tokens, vqgan_bundle, capsys):
     before = {file: file.stat().st_mtime_ns for file in trained.rglob("*") if file.is_file()}
-    train.run(small_training(tokens, vqgan_bundle, trained))
+    train.run(small_training(tokens, vqgan_bundle, trained, profile="7:9"))
     assert "training is finished" in capsys.readouterr().out
     assert before == {file: file.stat().st_mtime_ns for file in trained.rglob("*") if file.is_file()}
 
@@ -218,18 +270,23 @@ def test_bad_prompt_files(tmp_path, name, text, words):
         generate.read_prompts(str(tmp_path / name))
 
 
-def test_training_refuses_what_does_not_fit(tokens, vqgan_bundle, model_bundle, tmp_path):
+def test_training_refuses_what_does_not_fit(tokens, vqgan_bundle, model_bundle, clip_bundle, tmp_path):
+    wider = dataclasses.replace(small_config(), unet=dataclasses.replace(small_config().unet, c_in=16))
     cases = [
         ({"vqgan": str(model_bundle)}, "were made by VQGAN"),
         ({"global_batch_size": 1000}, "fewer than global_batch_size"),
         ({"model": PRESETS["tiny"]}, "codebook of 32 codes"),
         ({"sample_prompts": str(tmp_path / "none.txt")}, "cannot be read"),
+        ({"init": "publishd"}, "published, short-run or a bundle"),
+        ({"init": str(vqgan_bundle)}, "or a bundle with a U-Net"),
+        ({"init": str(clip_bundle)}, "is for tokens of VQGAN"),
+        ({"init": str(model_bundle), "model": wider}, r"c_in 8, not 16"),
     ]
     for changes, words in cases:
         with pytest.raises(ValueError, match=words):
             train.run(small_training(tokens, vqgan_bundle, tmp_path / "out", **changes))
         assert not (tmp_path / "out").exists()
-    for changes in ({"steps": 0}, {"num_workers": 3}, {"precision": "fp8"}):
+    for changes in ({"steps": 0}, {"num_workers": 3}, {"precision": "fp8"}, {"profile": "20:10"}, {"validate_every": -1}):
         with pytest.raises(ValueError, match=next(iter(changes))):
             small_training(tokens, vqgan_bundle, tmp_path / "out", **changes)
 

@@ -51,7 +51,7 @@ class Place:
             "data": str(self.tokens), "vqgan": str(self.vqgan), "output": str(self.root / name), "num_workers": 2,
             "model": dataclasses.replace(small_config(), image_size=32), "steps": STEPS, "global_batch_size": BATCH,
             "checkpoint_every": 7, "sample_every": 1000, "precision": "float32", "register_as": "test-resume",
-            "sampling": SamplingConfig(num_inference_steps=2),
+            "sampling": SamplingConfig(num_inference_steps=2), "validation_images": 0,
         }  # fmt: skip
         return dataclasses.replace(presets()["tiny"], **(values | changes))
 
@@ -81,7 +81,7 @@ FLAGS = [
     "--model.vqgan.c-latent", "4", "--model.image-size", "32", "--num-workers", "2", "--steps", str(STEPS),
     "--global-batch-size", str(BATCH), "--checkpoint-every", "7", "--sample-every", "1000", "--precision", "float32",
     "--register-as", "test-resume", "--sampling.num-inference-steps", "2", "--sampling.temperature", "1.0", "0.4",
-    "--sampling.cfg", "8.0", "8.0",
+    "--sampling.cfg", "8.0", "8.0", "--validation-images", "0",
 ]  # fmt: skip
 
 

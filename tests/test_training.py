@@ -20,6 +20,11 @@ SMALL = dataclasses.replace(
 )  # fmt: skip
 
 
+def losses_of(model, tokens, draws, text, label_smoothing=0.1, chunk=None):
+    inputs = (draws.noised, draws.t, text.ids, text.mask, draws.keep)
+    return model.losses(tokens, *inputs, label_smoothing=label_smoothing, chunk=chunk)
+
+
 def test_noise_belongs_to_the_sample_not_to_the_worker():
     tokens = torch.randint(256, (4, 8, 8))
     together = draw_noise(tokens, 256, 7, range(4), NoiseConfig())
@@ -43,6 +48,42 @@ def test_noise_has_its_rate_and_captions_are_dropped():
         add_noise(tokens, draws.t)
 
 
+def test_conditions_are_kept_by_the_batch_if_wanted():
+    """All workers drop the same, and each batch by itself."""
+    tokens, config = torch.zeros(4, 2, 2, dtype=torch.long), NoiseConfig(drop_caption=0.5, keep_clip=0.5, drop_by="batch")
+    seen = [draw_noise(tokens, 16, 0, range(4 * step, 4 * step + 4), config, step).keep for step in range(100)]
+    for name in ("caption", "clip"):
+        kept = torch.stack([getattr(keep, name) for keep in seen])  # (steps,B)
+        assert torch.equal(kept.all(1), kept.any(1))
+        assert kept.float().mean().item() == pytest.approx(0.5, abs=0.15)
+    other = draw_noise(tokens[:1], 16, 0, [17], config, 4).keep
+    assert torch.equal(other.caption, seen[4].caption[:1])
+    with pytest.raises(ValueError, match=r"noise\.drop_by"):
+        NoiseConfig(drop_by="epoch")
+
+
+@pytest.mark.parametrize("chunk", [None, 50, 10_000])
+def test_losses_are_those_of_the_logits(chunk):
+    """In chunks or not: the same losses and gradients as from whole logits, to float32's rounding."""
+    torch.manual_seed(0)
+    model = TextToTokens(SMALL)
+    torch.nn.init.normal_(model.unet.clf[1].weight, std=0.1)
+    tokens, text = torch.randint(256, (3, 8, 8)), model.text.tokenize(["a", "b", "a longer caption"])
+    draws = draw_noise(tokens, 256, 0, range(3), NoiseConfig(drop_caption=0.0))
+    logits = model(draws.noised, draws.t, text.ids, text.mask, draws.keep)
+    expected = torch.nn.functional.cross_entropy(logits, tokens, label_smoothing=0.1, reduction="none").flatten()
+    expected.mean().backward()
+    gradients = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+    model.zero_grad()
+    losses, right = losses_of(model, tokens, draws, text, chunk=chunk)
+    losses.mean().backward()
+    torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(right, (logits.argmax(1) == tokens).flatten())
+    for name, value in model.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(value.grad, gradients[name], atol=1e-7, rtol=1e-4, msg=name)
+
+
 def test_noise_levels_reach_all_noise():
     draws = draw_noise(torch.zeros(500, 2, 2, dtype=torch.long), 16, 0, range(500), NoiseConfig(t_scale=2.0))
     assert abs((draws.t == 1).float().mean().item() - 0.5) < 0.07
@@ -58,7 +99,7 @@ def test_loss_falls_on_one_batch_and_dropped_captions_do_not_matter():
     draws = draw_noise(tokens, 256, 0, range(8), NoiseConfig(drop_caption=0.0))
     losses = []
     for _ in range(60):
-        loss, _ = loss_and_metrics(model(draws.noised, draws.t, text.ids, text.mask, draws.keep), tokens, draws, 0.0)
+        loss, _ = loss_and_metrics(*losses_of(model, tokens, draws, text, 0.0), draws)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -109,7 +150,8 @@ def test_metrics_by_noise_level():
     draws = dataclasses.replace(draws, t=torch.tensor([0.1, 0.9]))
     logits = torch.zeros(2, 16, 4, 4)
     logits[0, 0] = 9.0
-    _, sums = loss_and_metrics(logits, tokens, draws, 0.0)
+    losses = torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
+    _, sums = loss_and_metrics(losses, logits.argmax(1) == tokens, draws)
     metrics = metrics_of(sums, 1)
     assert metrics["loss_t_0.00_0.25"] == pytest.approx(0, abs=0.01)
     assert metrics["loss_t_0.75_1.00"] == pytest.approx(torch.tensor(16.0).log().item(), abs=1e-4)
@@ -166,7 +208,7 @@ def test_checkpoint_restores_weights_optimizer_and_averages(tmp_path):
         text = model.text.tokenize(["a", "b"])
         for step in steps:
             draws = draw_noise(tokens, 256, 0, range(2 * step, 2 * step + 2), NoiseConfig(drop_caption=0.0))
-            loss_and_metrics(model(draws.noised, draws.t, text.ids, text.mask, draws.keep), tokens, draws, 0.1)[0].backward()
+            loss_and_metrics(*losses_of(model, tokens, draws, text), draws)[0].backward()
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()

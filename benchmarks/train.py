@@ -1,0 +1,253 @@
+"""What the training program costs beside the arithmetic, and what reading tokens saves; `--one-billion`: that `paella-1b` steps.
+
+    python benchmarks/train.py                 # `small` on 2 workers: four to eight minutes on 2 cores
+    python benchmarks/train.py --one-billion   # `paella-1b`: needs 24 GB of memory, and about half an hour
+
+The whole program (Ray Train, Parquet, noise, metrics, MLflow, checkpoints) is timed by what it logs of itself, against
+two plain PyTorch loops of as many processes with the same sharded model, optimizer and averages: one over tokens in memory, one
+that does as the published code does, decoding and encoding the same images in the loop. The text encoder, which all three
+compute, is a stand-in: one random layer of ByT5-small's width. The table gives ratios; the last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from PIL import Image
+from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+
+from paella.bundle import load_vqgan, save_vqgan
+from paella.config import PRESETS, ModelConfig
+from paella.ema import Ema
+from paella.images import to_tensor
+from paella.parallel import compute_dtype, shard
+from paella.training import NoiseConfig, OptimConfig, TextToTokens, draw_noise, loss_and_metrics
+from paella.vqgan import VQModel
+from pipelines import tracking
+from pipelines.token_format import TokenFormat
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKERS = 2
+BATCH_SIZE = 8
+PHOTOGRAPH = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
+CAPTION = "a small red circle left of a large blue square on a black background"
+
+
+def make_text_encoder(path: Path, width: int) -> Path:
+    """A T5 encoder of one random layer."""
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=384, d_model=width, d_kv=64, d_ff=256, num_layers=1, num_heads=4, feed_forward_proj="gated-gelu")
+    T5EncoderModel(config).save_pretrained(path)
+    ByT5Tokenizer().save_pretrained(path)
+    return path
+
+
+def make_images(num: int, side: int) -> list[bytes]:
+    """Random crops of a photograph, as JPEG."""
+    rng, photograph, files = np.random.default_rng(0), Image.open(PHOTOGRAPH).convert("RGB"), []
+    for _ in range(num):
+        left, top = (int(rng.integers(edge - side + 1)) for edge in photograph.size)
+        buffer = io.BytesIO()
+        photograph.crop((left, top, left + side, top + side)).save(buffer, format="JPEG", quality=95)
+        files.append(buffer.getvalue())
+    return files
+
+
+def make_data(root: Path, preset: str, num: int) -> tuple[Path, Path, Path]:
+    """Images, a VQGAN with random weights and the images' tokens, as the programs have them."""
+    config = PRESETS[preset]
+    torch.manual_seed(0)
+    model = VQModel(config.vqgan).eval()
+    digest = save_vqgan(root / "vqgan", model)
+    images = root / "images"
+    images.mkdir()
+    grid, rows = config.image_size // config.vqgan.downsampling, []
+    for number, file in enumerate(make_images(num, config.image_size)):
+        (images / f"{number:05d}.jpg").write_bytes(file)
+        tokens = encode(model, [file])[0].flatten().tolist()
+        size = {"width": config.image_size, "height": config.image_size}
+        rows.append({"id": f"{number:05d}", "tokens": tokens, "caption": CAPTION, "sha256": "", **size})
+    form = TokenFormat(grid_height=grid, grid_width=grid, codebook_size=config.vqgan.codebook_size, vqgan_digest=digest)
+    (root / "tokens").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows, schema=form.schema()), root / "tokens" / "part-0.parquet")
+    (root / "tokens" / "dataset.json").write_text(json.dumps({"shards": [{"file": "part-0.parquet", "rows": num}]}))
+    return images, root / "vqgan", root / "tokens"
+
+
+@torch.inference_mode()
+def encode(model: VQModel, files: list[bytes]) -> torch.Tensor:
+    """Tokens (B,H,W) of JPEG files."""
+    return model.encode(to_tensor(np.stack([np.asarray(Image.open(io.BytesIO(file))) for file in files])))
+
+
+def plain_loop(rank: int, root: Path, steps: int, encoding: bool) -> None:
+    """One of the processes of a plain loop; rank 0 leaves the median seconds of a step in `root`/seconds."""
+    dist.init_process_group("gloo", init_method=f"file://{root}/store-{encoding}", rank=rank, world_size=WORKERS)
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) // WORKERS))
+    torch.manual_seed(0)
+    config = small_model(root)
+    model = TextToTokens(config).train()
+    dtype = compute_dtype("auto", torch.device("cpu"))
+    vqgan, _ = load_vqgan(str(root / "vqgan"))
+    files = [file.read_bytes() for file in sorted((root / "images").iterdir())]
+    in_memory = torch.cat([encode(vqgan, files[i : i + 8]) for i in range(0, len(files), 8)]) if not encoding else None
+    shard(model, dtype)
+    (optimizer,), ema, size = OptimConfig().optimizers(model), Ema(model, 0.999), BATCH_SIZE // WORKERS
+    text = model.text.tokenize([CAPTION] * size)
+    draws = draw_noise(
+        torch.zeros(size, *config.grid(config.image_size, config.image_size), dtype=torch.long),
+        config.unet.num_labels,
+        0,
+        range(size),
+        NoiseConfig(),
+    )
+    seconds = []
+    for step in range(steps):
+        began = time.perf_counter()
+        chosen = [(step * BATCH_SIZE + rank * size + i) % len(files) for i in range(size)]
+        tokens = encode(vqgan, [files[i] for i in chosen]) if in_memory is None else in_memory[chosen]
+        losses = model.losses(tokens, draws.noised, draws.t, text.ids, text.mask, draws.keep, label_smoothing=0.1)
+        loss_and_metrics(*losses, draws)[0].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(model, step)
+        seconds.append(time.perf_counter() - began)
+    if rank == 0:
+        (root / "seconds").write_text(str(statistics.mean(seconds[steps // 3 :])))
+    dist.destroy_process_group()
+
+
+def small_model(root: Path) -> ModelConfig:
+    """`small`, with the stand-in for its text encoder."""
+    small = PRESETS["small"]
+    return dataclasses.replace(small, text=dataclasses.replace(small.text, byt5=str(root / "byt5")))
+
+
+def time_plain_loop(root: Path, steps: int, *, encoding: bool) -> float:
+    """Images a second of a plain loop."""
+    mp.spawn(plain_loop, (root, steps, encoding), nprocs=WORKERS)
+    return BATCH_SIZE / float((root / "seconds").read_text())
+
+
+def run_program(root: Path, arguments: list[object]) -> tracking.Run:
+    """Run train.py on the data in `root`; returns its MLflow run."""
+    places = ["--data", root / "tokens", "--vqgan", root / "vqgan", "--output", root / "run", "--model.text.byt5", root / "byt5"]
+    command = [sys.executable, ROOT / "pipelines" / "train.py", *arguments, *places, "--num-workers", WORKERS]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{root}/mlflow.db"}
+    subprocess.run([str(part) for part in command], check=True, env=environment, stdout=sys.stderr)
+    return tracking.run_of(root / "run")
+
+
+def time_program(root: Path, steps: int) -> dict[str, float]:
+    """What the program logs of itself, the first 20 steps left out: a checkpoint begins in the middle."""
+    every = ["--checkpoint-every", steps // 2 + 10, "--sample-every", 0, "--validation-images", 0]
+    run = run_program(root, ["small", "--steps", steps, "--global-batch-size", BATCH_SIZE, *every])
+
+    def values(name: str) -> list[float]:
+        return [value for step, value in tracking.metric_history(run, name) if step > 20]
+
+    return {
+        "images_per_s": statistics.median(values("images_per_s")),
+        "data_wait": max(values("data_wait")),
+        "slowest_step": max(values("slowest_step_s")) / statistics.median(values("step_s")),
+        "mfu": statistics.median(values("mfu")),
+    }
+
+
+def compare(steps: int) -> None:
+    """The table and its JSON line."""
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        make_data(root, "small", 128)
+        make_text_encoder(root / "byt5", PRESETS["small"].unet.byt5_embd)
+        plain = time_plain_loop(root, steps // 3, encoding=False)
+        program = time_program(root, steps)
+        encoding = time_plain_loop(root, steps // 3, encoding=True)
+        again = time_plain_loop(root, steps // 3, encoding=False)
+    plain_rate = (plain + again) / 2
+    rows = {
+        "plain loop, tokens in memory": (plain_rate, 1.0),
+        "train.py": (program["images_per_s"], program["images_per_s"] / plain_rate),
+        "plain loop, encoding": (encoding, encoding / plain_rate),
+    }
+    print(f"\n{'':30} {'images/s':>9} {'ratio':>7}")
+    for name, (rate, ratio) in rows.items():
+        print(f"{name:30} {rate:9.2f} {ratio:7.2f}")
+    print(f"train.py against encoding in the loop: {program['images_per_s'] / encoding:.2f}×")
+    print(
+        f"waiting for data: {program['data_wait']:.2%} of the time; slowest step, checkpoint and all: "
+        f"{program['slowest_step']:.2f} of the median"
+    )
+    result = {"benchmark": "train", "batch_size": BATCH_SIZE, "plain": [plain, again], "encoding": encoding, **program}
+    print(json.dumps(result))
+
+
+@contextlib.contextmanager
+def watched_memory(peak: list[float]) -> Iterator[None]:
+    """Keeps the largest use of this machine's memory inside the block, in bytes above what is used before."""
+    stop, before = threading.Event(), psutil.virtual_memory().used
+
+    def look() -> None:
+        while not stop.wait(0.2):
+            peak[0] = max(peak[0], psutil.virtual_memory().used - before)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def one_billion() -> None:
+    """`paella-1b` on two CPU workers: three optimizer steps and a checkpoint after the second."""
+    peak, began = [0.0], time.monotonic()
+    with tempfile.TemporaryDirectory(dir=os.environ.get("BENCHMARK_DIRECTORY")) as directory:
+        root = Path(directory)
+        make_data(root, "paella-1b", 8)
+        make_text_encoder(root / "byt5", PRESETS["paella-1b"].unet.byt5_embd)
+        with watched_memory(peak):
+            run = run_program(root, ONE_BILLION)
+        checkpoints = sum(file.stat().st_size for file in (root / "run" / "checkpoints").rglob("*") if file.is_file())
+        history = {name: tracking.metric_history(run, name) for name in ("loss", "grad_norm", "step_s", "memory_gb")}
+    print(f"three steps and a checkpoint in {time.monotonic() - began:.0f} s, at most {peak[0] / 1e9:.1f} GB of memory")
+    print(json.dumps({"benchmark": "paella-1b", "peak_bytes": peak[0], "checkpoint_bytes": checkpoints, "metrics": history}))
+
+
+ONE_BILLION: list[object] = [
+    "paella-1b", "--steps", 3, "--global-batch-size", 2, "--checkpoint-every", 2, "--sample-every", 0, "--validation-images", 0,
+    "--precision", "bf16", "--parallel.activation-checkpointing", "--parallel.no-compile", "--parallel.loss-chunk", 1024,
+    "--model.text.clip", "None", "--ema-decay", 0, "--recovery.no-asynchronous",
+]  # fmt: skip
+"""No averages (4 GB), and checkpoints written in place, without a copy (12 GB)."""
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--one-billion", action="store_true")
+    parser.add_argument("--steps", type=int, default=80)
+    chosen = parser.parse_args()
+    one_billion() if chosen.one_billion else compare(chosen.steps)

@@ -1,0 +1,69 @@
+"""One optimizer step of the U-Net on this worker's slice of a global batch, in one part or several."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from paella.parallel import sum_gradients_with
+from paella.training import Draws, TextToTokens, draw_noise, loss_and_metrics
+from pipelines import loop
+from pipelines.recovery import Guard
+from pipelines.token_dataset import TokenBatch
+from pipelines.train_config import TrainConfig
+
+
+def train_step(
+    model: TextToTokens,
+    optimizers: loop.Optimizers,
+    config: TrainConfig,
+    step: int,
+    batch: TokenBatch,
+    device: torch.device,
+    guard: Guard,
+) -> tuple[Tensor, float, float]:
+    """Forward, backward, update unless the guard forbids; returns the metrics' sums, the gradient's norm, the learning rate."""
+    lr = config.optim.set_lr(optimizers, step, config.steps)
+    numbers = loop.sample_numbers(step, config.global_batch_size)
+    draws = draw_noise(torch.from_numpy(batch.tokens), config.model.unet.num_labels, config.seed, numbers, config.noise, step)
+    num_parts = config.parallel.accumulate
+    total, mean = torch.zeros((), device=device), torch.zeros((), device=device)
+    parts = split(model, batch, draws, len(batch.ids) // num_parts, device)
+    for index, (targets, inputs, part) in enumerate(parts):
+        sum_gradients_with(model, index == num_parts - 1)
+        loss, sums = forward(model, config, targets, inputs, part)
+        (loss / num_parts).backward()
+        sums[:2] /= num_parts  # those two are means
+        total, mean = total + sums, mean + loss.detach() / num_parts
+    return total, loop.update(model, optimizers, mean, config.optim.grad_clip, guard), lr
+
+
+def forward(model: TextToTokens, config: TrainConfig, targets: Tensor, inputs: list, draws: Draws) -> tuple[Tensor, Tensor]:
+    """The loss of a part of a batch, and the sums for its metrics."""
+    losses, right = model.losses(targets, *inputs, label_smoothing=config.label_smoothing, chunk=config.parallel.loss_chunk)
+    return loss_and_metrics(losses, right, draws)
+
+
+def split(
+    model: TextToTokens, batch: TokenBatch, draws: Draws, size: int, device: torch.device
+) -> Iterator[tuple[Tensor, list, Draws]]:
+    """Parts of a batch, each of `size` images, on the device: targets (B,H,W), the model's inputs, their share of the draws.
+
+    Texts are padded to the longest of the whole batch, so that the parts are what the whole would be.
+    """
+    text = model.text.tokenize(batch.captions)
+    clip: tuple[Tensor, ...] = ()
+    if batch.clip is not None:
+        keep, complete = draws.keep, torch.from_numpy(batch.clip.complete)
+        keep = dataclasses.replace(keep, clip=keep.clip & complete, clip_image=keep.clip_image & complete)
+        draws = dataclasses.replace(draws, keep=keep)
+        clip = (torch.from_numpy(batch.clip.text), torch.from_numpy(batch.clip.image))
+    tokens = torch.from_numpy(batch.tokens)
+    for first in range(0, len(tokens), size):
+        part = slice(first, first + size)
+        mine = draws[part].to(device)
+        inputs = [value[part].to(device) for value in (text.ids, text.mask, *clip)]
+        yield tokens[part].to(device), [mine.noised, mine.t, *inputs[:2], mine.keep, *inputs[2:]], mine
