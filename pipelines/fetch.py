@@ -23,6 +23,7 @@ import aiohttp
 
 from pipelines.robots import opted_out
 from pipelines.source_contract import Reject, Row, Sample, SourceConfig
+from pipelines.source_files import utf8
 
 T = TypeVar("T")
 
@@ -33,6 +34,8 @@ MAX_HELD_BYTES = 256 << 20
 """Nothing new is begun while images of so many bytes wait for their turn."""
 WINDOW = 16
 """Rows looked ahead for each image that is being fetched, so that one slow site does not hold up the others."""
+MAX_DETAIL = 300
+"""Characters of what a site or an exception says that are kept."""
 PRIVATE = "not a public address"
 
 
@@ -52,7 +55,8 @@ class Refusal(Exception):
     """Why there is no image: a word to count by, details, and whether another attempt may help."""
 
     def __init__(self, reason: str, detail: object, again: bool = False) -> None:
-        super().__init__(f"{detail or type(detail).__name__}")
+        words = " ".join(f"{detail or type(detail).__name__}".split())
+        super().__init__(utf8(words[:MAX_DETAIL]))  # headers may be any bytes
         self.reason, self.again = reason, again
 
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pipelines.source_files import utf8
+
 CAPTION = ("caption", "text", "txt")
 IMAGE = ("jpg", "jpeg", "png", "webp", "image", "image_bytes", "img", "bytes")
 URL = ("url", "image_url")
@@ -69,4 +71,4 @@ def _number(value: Any) -> float | None:
 
 
 def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
+    return utf8(value) if isinstance(value, str) and value else None

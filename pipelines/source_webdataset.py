@@ -199,7 +199,7 @@ class _Pass:
                 waiting.pop(0)
             if waiting and number >= waiting[0].place.start:
                 detail = waiting[0].place.damage or str(damage)
-                yield waiting[0], number, Reject(utf8(f"{self.place.name}.tar"), "read", "damaged-shard", detail)
+                yield waiting[0], number, Reject(utf8(f"{self.place.name}.tar"), "read", "damaged-shard", utf8(detail))
 
     def _max_bytes(self, index: int, suffix: str) -> int:
         number = self.base + index

@@ -33,6 +33,7 @@ def get(*urls, hashes=None, max_image_bytes=1000, **settings):
 
 def reasons(rows):
     assert all(row.stage == "fetch" and row.detail for row in rows if isinstance(row, Reject))
+    assert all(len(row.detail.encode()) < 1500 and "\n" not in row.detail for row in rows if isinstance(row, Reject))
     return [row.reason if isinstance(row, Reject) else "ok" for row in rows]
 
 
@@ -54,6 +55,7 @@ def test_failures_by_name():
         "/file": Answer(status=302, headers=[("Location", "file:///etc/passwd")]),
         "/packed": Answer(IMAGE, headers=[("Content-Encoding", "gzip")]),
         "/gone": Answer(status=410),
+        "/bytes": Answer(IMAGE, headers=[("X-Robots-Tag", "\xff\xfe" * 500 + ", noai")]),
     }
     with socket.socket() as closed, site(pages) as web:
         closed.bind(("127.0.0.1", 0))  # nothing listens
@@ -66,6 +68,7 @@ def test_failures_by_name():
             web.url("/loop"): "too-many-redirects",
             web.url("/file"): "bad-url",
             web.url("/packed"): "content-encoding",
+            web.url("/bytes"): "opted-out",
             f"http://127.0.0.1:{closed.getsockname()[1]}/": "connection",
             "ftp://127.0.0.1/a.jpg": "bad-url",
             "not a url": "bad-url",
