@@ -168,9 +168,11 @@ class _Pass:
         """Exactly a row for each number, ascending."""
         place, left = self.place, list(rows)
         for _, number, row in self._samples([unit]):
-            if left and number == place.start + left[0]:
+            if number == place.start + left[0]:
                 left.pop(0)
                 yield unit, row
+            if not left:
+                return
         outside = list(self._outside(dataclasses.replace(place, is_last=False))) if left else []
         lost = Reject(utf8(f"{place.name}.tar"), "read", "missing-sample", "the tar ends before this row")
         for number in left:
