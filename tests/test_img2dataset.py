@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from web import Answer, site
 
+from pipelines import features
 from pipelines.source_contract import FetchConfig, Reject, Sample, SourceConfig
 from pipelines.sources import by_shard, find_units, read_unit, read_units
 
@@ -107,6 +108,7 @@ def test_the_same_from_a_real_s3_server(written, bucket, tmp_path):
             rows = read(remote, rows_per_unit)
             require_all(rows, metas)
             assert rows == read(local, rows_per_unit)
+        assert features.captions(remote, 3) == features.captions(local, 3)  # as reference images of an evaluation
     with site({f"/{n}.jpg": Answer(jpeg(n)) for n in range(NUM)}) as web:
         table = pa.table({"URL": [web.url(f"/{n}.jpg") for n in range(NUM)], "TEXT": [f"picture {n}" for n in range(NUM)]})
         pq.write_table(table, tmp_path / "urls.parquet")
