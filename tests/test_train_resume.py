@@ -289,3 +289,31 @@ def test_one_two_and_four_workers_agree_over_50_steps(place, tmp_path):
     rough = max(np.abs(losses[f"bf16-{number}"] - losses["float32-1"]).max() for number in (1, 2, 4))
     print(f"float32: {exact:.1e}, bf16: {rough:.1e}")
     assert exact < 1e-5 and rough < 2e-2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_lost_node_leaves_fewer_workers_and_the_same_result(place):
+    """Two machines with a CPU each; one disappears. With min_workers the run goes on on the other."""
+    from ray.cluster_utils import Cluster
+
+    whole, output = place.root / "nodes-whole", place.root / "nodes"
+    assert subprocess.run(place.command("nodes-whole"), capture_output=True, timeout=400).returncode == 0
+    small = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=small)
+    other = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+    try:
+        command = place.command("nodes", "--min-workers", "1")
+        environment = os.environ | {"RAY_ADDRESS": cluster.address, "RAY_health_check_period_ms": "1000"}
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        process = subprocess.Popen(command, env=environment, **streams)
+        deadline = time.monotonic() + 200
+        while not checkpointed(output) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        cluster.remove_node(other, allow_graceful=False)
+        said = process.communicate(timeout=400)[0]
+        assert process.returncode == 0, said
+        assert "on 2 workers, from step 0" in said and "on 1 workers, from step" in said, said
+    finally:
+        cluster.shutdown()
+    assert_same(output, whole)
