@@ -129,7 +129,9 @@ class Training:
             self._end(f"stopped at step {self.step}: {self.guard.end}", failed=True)
         elif wanted == 2:
             self._save()
-            self._end(f"stopped after step {self.step} as asked, with a checkpoint; the same command continues", failed=False)
+            self.checkpoints.wait()
+            saved = "no checkpoint" if self.checkpoints.newest is None else f"a checkpoint of step {self.checkpoints.newest}"
+            self._end(f"stopped after step {self.step} as asked, with {saved}; the same command continues", failed=False)
         elif self.step < self.config.steps and (wanted == 1 or self.step % self.config.checkpoint_every == 0):
             self._save()
 
@@ -221,8 +223,6 @@ def update(model: nn.Module, optimizers: Optimizers, loss: Tensor, grad_clip: fl
 class Report:
     """Sums metrics over steps and workers; every few steps their means go to MLflow, from rank 0, and to the console.
 
-    What MLflow has of a step already, from before a restart, is not logged again: it is the same.
-
     Args:
         means: named means from the sums of a number of steps.
         shown: those of them that the console shows.
@@ -244,10 +244,9 @@ class Report:
         unit: str,
         more: Callable[[float], dict[str, float]] = lambda rate: {},
     ) -> None:
-        self.more = more
-        self.mlflow_run, self.means, self.shown = mlflow_run, means, shown
+        self.curve = tracking.Curve(mlflow_run, "grad_norm") if dist.get_rank() == 0 else None
+        self.means, self.shown, self.more = means, shown, more
         self.steps, self.global_batch_size, self.unit = steps, global_batch_size, unit
-        self.logged = tracking.last_step(mlflow_run, "grad_norm") if dist.get_rank() == 0 else 0
         self._reset()
 
     def _reset(self) -> None:
@@ -276,7 +275,7 @@ class Report:
         rate = self.timed_steps * self.global_batch_size / (time.monotonic() - self.since)
         values = self.means(mean_over_workers(self.sums).cpu(), self.num_steps)
         values |= {"grad_norm": grad_norm, "lr": lr, f"{self.unit}_per_s": rate} | self.more(rate)
-        if dist.get_rank() == 0 and step + 1 > self.logged:
-            tracking.log_metrics(self.mlflow_run, values, step + 1)
+        if self.curve is not None:
+            self.curve.log(values, step + 1)
         self._reset()
         return "".join(f"{name} {values[name]:.3f}  " for name in self.shown) + f"{rate:.0f} {self.unit}/s"

@@ -152,7 +152,7 @@ def train_worker(arguments: dict) -> None:
     dtype = compute_dtype(config.precision, device)
     training, loss_of = torch.nonzero(~held_back)[:, 0], open_clip.ClipLoss()
     print(f"CLIP on {len(training)} images, from step {run.step}", flush=True)
-    progress = Progress("clip", config.steps, run.step)
+    progress, curve = Progress("clip", config.steps, run.step), tracking.Curve(arguments["mlflow_run"], "loss")
     for step, _ in run.steps(itertools.count):
         # one generator per step: a resumed run draws what an undisturbed one would
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
@@ -165,7 +165,7 @@ def train_worker(arguments: dict) -> None:
         ema.update(model, step)
         done = step + 1
         if done % 50 == 0 or done == config.steps:
-            tracking.log_metrics(arguments["mlflow_run"], {"loss": loss.item()}, done)
+            curve.log({"loss": loss.item()}, done)
             progress.update(done, f"loss {loss.item():.3f}")
         progress.update(done)
     if run.ended:

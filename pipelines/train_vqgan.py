@@ -176,17 +176,18 @@ class Log:
     """Metrics to MLflow and the console, from one worker."""
 
     def __init__(self, config: TrainVQConfig, mlflow_run: tracking.Run, start: int, *, enabled: bool) -> None:
-        self.config, self.mlflow_run, self.enabled = config, mlflow_run, enabled
+        self.config, self.mlflow_run = config, mlflow_run
+        self.curve = tracking.Curve(mlflow_run, "codebook_use") if enabled else None
         self.progress = Progress("vqgan", config.steps, start, enabled=enabled)
 
     def metrics(self, losses: dict[str, Tensor], counts: Tensor, moved: int, done: int) -> None:
         """Losses, use of codes and how many moved; now and then a picture of how often each is used. Every rank must call it."""
         means = mean_over_workers(torch.stack([value.detach().float() for value in losses.values()])).tolist()
         use, perplexity = use_and_perplexity(counts)
-        if self.enabled:
+        if self.curve is not None:
             values = dict(zip(losses, means, strict=True))
             values |= {"codebook_use": use, "perplexity": perplexity, "revived_codes": float(moved)}
-            tracking.log_metrics(self.mlflow_run, values, done)
+            self.curve.log(values, done)
             error = next(values[name] for name in ("l1", "l2", "perceptual") if name in values)
             self.progress.update(done, f"loss {error:.4f}  {use:.0%} of codes in use")
             if done % (20 * self.config.revive_every) == 0:

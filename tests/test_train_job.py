@@ -65,7 +65,7 @@ def test_a_job_is_stopped_and_submitted_again(place, undisturbed):
             time.sleep(0.2)
         subprocess.run(["ray", "job", "stop", "first"], env=environment, check=True, capture_output=True, timeout=120)
         said = subprocess.run(["ray", "job", "logs", "first"], env=environment, capture_output=True, text=True).stdout
-        assert "stopping after a last checkpoint" in said and "as asked, with a checkpoint" in said, said
+        assert "stopping after a last checkpoint" in said and "as asked, with a checkpoint of step" in said, said
         assert not (place.root / "job" / "model").exists()
         submit = ["ray", "job", "submit", "--working-dir", str(ROOT), "--"]
         finished = subprocess.run(

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow.fs as pafs
 import pytest
 import ray.cloudpickle
 import recorded_train
@@ -29,6 +30,7 @@ from test_token_stream import write_tokens
 from paella.bundle import vqgan_digests
 from paella.sampler import SamplingConfig
 from pipelines import tracking, train
+from pipelines.checkpoints import open_directory
 from pipelines.recovery import RecoveryConfig
 from pipelines.train_config import TrainConfig, presets
 
@@ -209,7 +211,7 @@ def test_sigterm_leaves_a_last_checkpoint(place, undisturbed):
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 128 + signal.SIGTERM, said
-    assert "as asked, with a checkpoint; the same command continues" in said
+    assert "as asked, with a checkpoint of step" in said
     (saved,) = output.glob("checkpoints/step-*/manifest.json")
     step = json.loads(saved.read_text())["step"]
     with in_thread(lambda: kill_a_worker(output, after=5, how=signal.SIGTERM)):
@@ -317,3 +319,24 @@ def test_a_lost_node_leaves_fewer_workers_and_the_same_result(place):
     finally:
         cluster.shutdown()
     assert_same(output, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_checkpoints_on_s3_survive_a_kill_of_everything(place, bucket):
+    whole, output = place.root / "s3-whole", place.root / "s3"
+    assert subprocess.run(place.command("s3-whole"), capture_output=True, timeout=400).returncode == 0
+    command = place.command("s3", "--recovery.checkpoints", f"{bucket}/run/checkpoints")
+    filesystem, root = open_directory(f"{bucket}/run/checkpoints")
+    killed_when(command, lambda: _names(filesystem, root, "manifest.json"))
+    assert not (output / "model").exists() and not (output / "checkpoints").exists()
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert finished.returncode == 0, finished.stderr
+    assert "from step 0" not in finished.stdout
+    assert len(_names(filesystem, root, "manifest.json")) == 2
+    assert_same(output, whole)
+
+
+def _names(filesystem: pafs.FileSystem, root: str, end: str) -> list[str]:
+    found = filesystem.get_file_info(pafs.FileSelector(root, recursive=True, allow_not_found=True))
+    return [info.path for info in found if info.path.endswith(end)]
