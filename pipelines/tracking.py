@@ -99,6 +99,11 @@ def metric_history(run: Run, key: str) -> list[tuple[int, float]]:
     return sorted({metric.step: metric.value for metric in sorted(history, key=lambda m: m.timestamp)}.items())
 
 
+def last_step(run: Run, key: str) -> int:
+    """The last step of which a metric is logged, 0 where there is none."""
+    return max((metric.step for metric in run.client().get_metric_history(run.run_id, key)), default=0)
+
+
 class Curve:
     """Logs metrics step by step, from one process. What MLflow has of a step from before a restart is not logged again.
 
@@ -107,8 +112,7 @@ class Curve:
     """
 
     def __init__(self, run: Run, key: str) -> None:
-        self.run = run
-        self.last = max((metric.step for metric in run.client().get_metric_history(run.run_id, key)), default=0)
+        self.run, self.last = run, last_step(run, key)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         if step > self.last:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, assert_one_sentence, checkpointed, killed_when, small_config
+from conftest import ROOT, assert_one_sentence, killed_when, small_config
 from PIL import Image
 
 from paella.bundle import load_bundle
@@ -125,23 +125,6 @@ def test_finished_training_does_nothing(trained, tokens, vqgan_bundle, capsys):
     train.run(small_training(tokens, vqgan_bundle, trained, profile="7:9"))
     assert "training is finished" in capsys.readouterr().out
     assert before == {file: file.stat().st_mtime_ns for file in trained.rglob("*") if file.is_file()}
-
-
-def test_training_killed_and_rerun_continues(tokens, vqgan_bundle, tmp_path):
-    output = tmp_path / "run"
-    command = [
-        sys.executable, ROOT / "pipelines/train.py", "tiny", "--data", tokens, "--vqgan", vqgan_bundle, "--output", output,
-        "--model.unet.num-labels", "32", "--model.unet.c-hidden", "16", "16", "--model.unet.nhead", "2", "2",
-        "--model.unet.blocks", "1", "1", "--model.unet.level-config", "CT", "CTA", "--model.vqgan.codebook-size", "32",
-        "--global-batch-size", "16", "--steps", "40", "--checkpoint-every", "4", "--sample-every", "1000",
-    ]  # fmt: skip
-    killed_when(command, lambda: checkpointed(output))
-    assert not (output / "model").exists(), "the run was over before it was killed"
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert finished.returncode == 0, finished.stderr
-    begun = [line for line in finished.stdout.splitlines() if "from step" in line]
-    assert begun and "from step 0" not in begun[0], begun
-    assert (output / "model" / "config.json").exists()
 
 
 @pytest.fixture(scope="module")

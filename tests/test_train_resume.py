@@ -189,6 +189,7 @@ def test_a_killed_cluster_changes_nothing(undisturbed, place):
     assert_same(output, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_bad_step_is_skipped_or_rolled_back(ray_session, place, undisturbed):
     output = place.run("skipped", poisoned_step=25, steps=40)
     skipped = curve(output)
@@ -202,6 +203,7 @@ def test_a_bad_step_is_skipped_or_rolled_back(ray_session, place, undisturbed):
     assert all(np.isfinite(list(curve(output).values())))
 
 
+@pytest.mark.slow
 def test_sigterm_leaves_a_last_checkpoint(place, undisturbed):
     """To the program: it saves and ends; to a worker: it saves and goes on."""
     output, more = place.root / "stopped", ["--checkpoint-every", "1000"]
@@ -220,6 +222,7 @@ def test_sigterm_leaves_a_last_checkpoint(place, undisturbed):
     assert_same(output, undisturbed)
 
 
+@pytest.mark.slow
 def test_divergence_stops_the_run(ray_session, place):
     """A learning rate that cannot be: weights of infinite size."""
     optim = dataclasses.replace(presets()["tiny"].optim, lr=1e30, matrix_lr=None, warmup_steps=1)
