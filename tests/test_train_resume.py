@@ -91,7 +91,7 @@ FLAGS = [
 def place(vqgan_bundle, tmp_path_factory) -> Place:
     root = tmp_path_factory.mktemp("resume")
     digest = vqgan_digests(str(vqgan_bundle))[0]
-    return Place(root, write_tokens(root / "tokens", [ROWS // 4] * 4, digest=digest, side=8), vqgan_bundle)
+    return Place(root, write_tokens(root / "tokens", [ROWS // 4] * 4, digest=digest, side=8, codes=32), vqgan_bundle)
 
 
 @pytest.fixture(scope="module")
