@@ -2,7 +2,6 @@
 
     checkpoints/step-00000400/…           the shards of every rank
     checkpoints/step-00000400/manifest.json   last: step, what the run has to remember, and the digest of every file
-    checkpoints/step-00000400/score.json      if somebody has measured it: {"score": …}, lower is better
 
 They lie in a directory that all workers see, or in an object store. Every method is to be called by every worker.
 """
@@ -34,7 +33,7 @@ class Checkpoints:
     """Writes, finds and clears away checkpoints under `uri`.
 
     Args:
-        keep: newest ones that are kept, beside the one with the best score.
+        keep: newest ones that are kept, beside the one whose progress has the lowest "score".
         asynchronous: a checkpoint is copied, and written while training goes on; else training waits.
     """
 
@@ -159,9 +158,8 @@ class Checkpoints:
         return None
 
     def _score(self, step: int) -> float | None:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            return float(json.loads(self.read(f"{name_of(step)}/score.json") or b"")["score"])
-        return None
+        found = self._manifest(step)
+        return None if found is None else found["progress"].get("score")
 
     def _steps(self) -> list[int]:
         """Steps with a directory, newest first."""

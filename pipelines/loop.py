@@ -95,6 +95,8 @@ class Training:
         place = config.recovery.place(config.output)
         self.checkpoints = Checkpoints(place, config.recovery.keep, asynchronous=config.recovery.asynchronous)
         self.step, self.offset = 0, 0
+        self.score: float | None = None
+        """How good the run's weights are, lower is better, if the program measures it: the best checkpoint is kept."""
         self.ended = False
         self.preempted: object = None
         self._restore()
@@ -155,6 +157,7 @@ class Training:
         if self.step < self.first_checkpoint:
             return
         progress = {"mlflow_run": self.mlflow_run.run_id, "offset": self.offset, "guard": self.guard.progress()}
+        progress["score"] = self.score
         if self.report is not None:
             progress["report"] = self.report.progress()
         self.checkpoints.save(self.state, self.step, progress)

@@ -28,7 +28,7 @@ class RecoveryConfig:
     checkpoints: str | None = None
     """Where checkpoints lie (directory or URI); in the output if not given."""
     keep: int = 2
-    """Newest checkpoints that are kept, beside the one with the best score where checkpoints are validated."""
+    """Newest checkpoints that are kept, beside the one with the lowest validation loss, where there is one."""
     every_minutes: float | None = 30.0
     """Minutes after which there is a checkpoint, whatever checkpoint_every says; None for steps alone."""
     asynchronous: bool = True

@@ -98,7 +98,7 @@ def train_worker(arguments: dict) -> None:
         trace.after(step)
         done = step + 1
         if due(config.validate_every, done, config.steps):
-            validation.measure(model, ema, done)
+            training.score = validation.measure(model, ema, done)
         if due(config.sample_every, done, config.steps):
             samples.draw(model, ema, done)
     if training.ended:

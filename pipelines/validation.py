@@ -50,18 +50,20 @@ class Validation:
         self.shown = part_of(rows, slice(SHOWN))
         self.logged = tracking.last_step(mlflow_run, "validation_loss") if rank == 0 else 0
 
-    def measure(self, model: TextToTokens, ema: Ema, step: int) -> None:
-        """Log the numbers and the sheet after `step` steps, unless that has been done before a restart."""
+    def measure(self, model: TextToTokens, ema: Ema, step: int) -> float | None:
+        """Log the numbers and the sheet after `step` steps, unless that has been done before a restart; returns the loss."""
         if not self.batch.ids:
-            return
+            return None
         began = time.monotonic()
         with ema.swapped_into(model), evaluating(model):
             values = metrics_of(mean_over_workers(self._sums(model)).cpu(), 1)
             images = self._reconstructions(model)
+        loss = values["loss"]
         if dist.get_rank() == 0 and step > self.logged:
             values["s"] = time.monotonic() - began
             tracking.log_metrics(self.mlflow_run, {f"validation_{name}": value for name, value in values.items()}, step)
             tracking.log_image(self.mlflow_run, images, "reconstructions", step)
+        return loss
 
     def _sums(self, model: TextToTokens) -> Tensor:
         """Means and sums by level over this worker's images, in parts as large as those of training."""
