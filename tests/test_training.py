@@ -197,6 +197,16 @@ def test_ema_follows_and_swaps_back():
     assert model.weight.item() == 1.0
 
 
+def test_without_decay_there_are_no_averages_to_keep():
+    model = torch.nn.Linear(1, 1, bias=False)
+    ema = Ema(model, 0.0)
+    ema.update(model, 3)
+    assert not ema.shadow
+    before = model.weight.clone()
+    with ema.swapped_into(model):
+        assert torch.equal(model.weight, before)
+
+
 def test_checkpoint_restores_weights_optimizer_and_averages(tmp_path):
     def build():
         torch.manual_seed(0)
