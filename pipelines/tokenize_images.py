@@ -110,6 +110,9 @@ def _finished(config: TokenizeConfig, output: Output, units: Sequence[Unit]) -> 
             f"files were added to or removed from {config.input} since {len(there) - len(finished)} of the shards in {output} "
             "were written; choose another --output"
         )
+    if config.deduplicate != "no":
+        for name in (output / STAGED).names() & there:  # a killed job's, in their place already
+            forget(output, unit_name(name))
     return finished
 
 
@@ -180,10 +183,7 @@ def _follow(dataset: ray.data.Dataset, name: str, total: int, initial: int, trac
 
 def _deduplicate(config: TokenizeConfig, output: Output, missing: Sequence[Unit], tracked: tracking.Run) -> None:
     """Move staged units to their places without their duplicates."""
-    there = output.names()
-    for name in (output / STAGED).names() & there:  # a killed job's: in their place already
-        forget(output, unit_name(name))
-    finished = sorted(unit_name(name) for name in there if name.startswith("part-"))
+    finished = sorted(unit_name(name) for name in output.names() if name.startswith("part-"))
     staged = [unit.name for unit in missing]
     rows = [
         {"unit": unit, "verdict": verdict}
