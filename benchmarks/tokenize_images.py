@@ -6,12 +6,14 @@
 
 Photographs (scikit-image's, cropped at random) as JPEGs of 0.3 and of 1 megapixel, in webdataset tars. VQGANs have random
 weights, and codes that are latents of these photographs. The bare loop makes the same calls as the pipeline's workers, one
-process for each CPU, without writing anything. The last line is one JSON object.
+process for each CPU, without writing anything. Single steps are measured in seconds of CPU, so that other programs on the
+machine matter little. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -111,15 +113,15 @@ DECODERS: dict[str, Callable[[bytes], np.ndarray]] = {
 
 
 def decoding(jpegs: Sequence[bytes], rounds: int = 7) -> dict[str, float]:
-    """Milliseconds for an image of each decoder, in one thread: for each image the median of rounds in turn, then the mean."""
+    """Milliseconds of CPU for an image of each decoder: for each image the median of rounds in turn; their mean."""
     seconds: dict[str, list[list[float]]] = {name: [] for name in DECODERS}
     for jpeg in jpegs:
         own: dict[str, list[float]] = {name: [] for name in DECODERS}
         for _ in range(rounds):
             for name, decode in DECODERS.items():
-                began = time.perf_counter()
+                began = time.thread_time()
                 decode(jpeg)
-                own[name].append(time.perf_counter() - began)
+                own[name].append(time.thread_time() - began)
         for name, values in own.items():
             seconds[name].append(values)
     return {name: 1000 * statistics.mean(map(statistics.median, values)) for name, values in seconds.items()}
@@ -141,12 +143,12 @@ def tokens_kept(model: VQModel, jpegs: Sequence[bytes]) -> dict[str, tuple[float
 
 @torch.inference_mode()
 def encoding(model: VQModel, jpegs: Sequence[bytes]) -> float:
-    """Images per second of the encoder in one thread."""
+    """Images per second of CPU of the encoder in one thread."""
     images = to_tensor(np.stack([ours(jpeg) for jpeg in jpegs]))
     model.encode(images[:1])
-    began = time.perf_counter()
+    began = time.thread_time()
     model.encode(images)
-    return len(images) / (time.perf_counter() - began)
+    return len(images) / (time.thread_time() - began)
 
 
 def job(root: Path, images: str, output: str, resolution: int) -> TokenizeConfig:
@@ -168,12 +170,14 @@ def bare(root: Path, rank: int) -> None:
     encode.table(decode.beginning(units[0], 8))
     print("ready", flush=True)
     sys.stdin.readline()
+    began = time.process_time()
     for decoded in decode.units(units):
         encode.table(decoded)
-    print("done", flush=True)
+    print(time.process_time() - began, flush=True)
 
 
-def bare_rate(root: Path, num_images: int) -> float:
+def bare_rates(root: Path, num_images: int) -> tuple[float, float]:
+    """Images per second, and per second of CPU, of the bare loop in one process for each CPU."""
     environment = os.environ | cli.WORKER_ENVIRONMENT | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROGRAM.parents[1])}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     commands = [[sys.executable, __file__, "bare", str(root), str(rank)] for rank in range(CPUS)]
@@ -184,23 +188,39 @@ def bare_rate(root: Path, num_images: int) -> float:
     for process in processes:
         process.stdin.write("\n")
         process.stdin.flush()
-    for process in processes:
-        assert process.stdout.readline() == "done\n"
+    cpu = sum(float(process.stdout.readline()) for process in processes)
     seconds = time.perf_counter() - began
     for process in processes:
         process.communicate()
-    return num_images / seconds
+    return num_images / seconds, num_images / cpu
 
 
-def ray_rates(config: TokenizeConfig) -> tuple[float, float]:
-    """Images per second of the program with its start, and once each worker has finished a first shard."""
-    began = time.time()
-    subprocess.run([sys.executable, PROGRAM, *flags(config)], check=True, env=environment(config), capture_output=True)
-    output = Path(config.output)
+def ray_rates(config: TokenizeConfig) -> tuple[float, float, float]:
+    """Images per second of the program once each worker has finished a shard, the same per second of CPU of all its processes,
+    and images per second with its start."""
+    output, began = Path(config.output), time.time()
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([sys.executable, PROGRAM, *flags(config)], env=environment(config), **quiet)
+    used: dict[int, float] = {}
+    at: list[tuple[int, float]] = []  # shards there, CPU used
+    while process.poll() is None:
+        for member in family(process.pid):
+            with contextlib.suppress(psutil.Error):
+                used[member.pid] = sum(member.cpu_times()[:2])
+        at.append((len(list(output.glob("part-*.parquet"))), sum(used.values())))
+        time.sleep(0.2)
+    assert process.returncode == 0
     rows = {output / shard["file"]: shard["rows"] for shard in json.loads((output / "dataset.json").read_text())["shards"]}
     ended = sorted((file.stat().st_mtime, number) for file, number in rows.items())
     later = sum(number for _, number in ended[CPUS:])
-    return sum(rows.values()) / (ended[-1][0] - began), later / (ended[-1][0] - ended[CPUS - 1][0])
+    first, last = (next(cpu for shards, cpu in at if shards >= enough) for enough in (CPUS, len(rows)))
+    return later / (ended[-1][0] - ended[CPUS - 1][0]), later / (last - first), sum(rows.values()) / (ended[-1][0] - began)
+
+
+def family(pid: int) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.Error):
+        return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    return []
 
 
 def environment(config: TokenizeConfig) -> dict[str, str]:
@@ -214,7 +234,7 @@ def peak_memory(config: TokenizeConfig) -> dict[str, float]:
     peak = {"driver": 0.0, "worker": 0.0, "all": 0.0}
     while process.poll() is None:
         now = {}
-        for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        for member in family(process.pid):
             try:
                 now[member.pid] = (member.memory_full_info().pss / 2**20, "MapWorker" in " ".join(member.cmdline()))
             except psutil.Error:
@@ -262,13 +282,14 @@ def speed(root: Path, jpegs: Sequence[bytes], num_images: int, bundle: str | Non
     print(f"per core: decode {decode_rate:.0f} images/s, f4 encoder {rate:.2f} images/s")
     print(f"12 million images: {core_hours[0]:.0f} core-hours of decoding, {core_hours[1]:.0f} of encoding", flush=True)
     write_tars(root / "images", jpegs, num_images, shard_size=1000)
-    found["bare_images_per_s"] = [bare_rate(root, num_images)]
-    whole, steady = ray_rates(job(root, "images", "tokens", SIDE))
-    found["bare_images_per_s"].append(bare_rate(root, num_images))
-    found |= {"ray_images_per_s": steady, "ray_images_per_s_with_start": whole}
-    found["ray_share"] = steady / max(found["bare_images_per_s"])
-    before, after = found["bare_images_per_s"]
-    print(f"bare loop {before:.1f} and {after:.1f} images/s; Ray {steady:.1f} ({whole:.1f} with its start)", flush=True)
+    before = bare_rates(root, num_images)
+    pipeline = ray_rates(job(root, "images", "tokens", SIDE))
+    after = bare_rates(root, num_images)
+    best, best_cpu = map(max, zip(before, after, strict=True))
+    print(f"bare loop {before[0]:.1f} and {after[0]:.1f} images/s, {best_cpu:.1f} per second of CPU")
+    print(f"Ray       {pipeline[0]:.1f} images/s ({pipeline[2]:.1f} with its start), {pipeline[1]:.1f} per second of CPU")
+    print(f"Ray of the better bare loop: {pipeline[0] / best:.1%}, per second of CPU {pipeline[1] / best_cpu:.1%}", flush=True)
+    found |= {"bare": [before, after], "ray": pipeline, "ray_share": pipeline[0] / best, "ray_cpu_share": pipeline[1] / best_cpu}
     return found
 
 
