@@ -80,7 +80,8 @@ def _place(id: str) -> tuple[float, float]:
 def _scaled(image: np.ndarray, height: int, width: int) -> np.ndarray:
     if image.shape[:2] == (height, width):
         return np.ascontiguousarray(image)
-    channels_last = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+    forward = image if min(image.strides) > 0 else np.ascontiguousarray(image)  # PyTorch has no mirrored views
+    channels_last = torch.from_numpy(forward).permute(2, 0, 1)[None]
     scaled = F.interpolate(channels_last, size=(height, width), mode="bicubic", antialias=True)
     return scaled[0].permute(1, 2, 0).numpy()
 
