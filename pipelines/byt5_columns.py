@@ -10,6 +10,9 @@ import torch
 from paella.conditioning import TextEncoders
 from paella.config import TextConfig
 
+CAPTION_LENGTH = 100
+"""Characters of a caption, about, for the warning."""
+
 
 class Byt5Columns:
     """One text encoder, which fills `byt5` and `byt5_length`. Always float32, kept as float16."""
@@ -29,6 +32,11 @@ class Byt5Columns:
         return pa.ListArray.from_arrays(pa.array(offsets), values), pa.array(lengths, type=pa.int32())
 
 
-def bytes_per_caption(width: int, caption_length: float, max_length: int) -> float:
-    """About what the states of a caption take: float16, a state for each byte and one for the end."""
-    return 2 * width * min(max_length, caption_length + 1)
+def warning(config: TextConfig, num_captions: int) -> str:
+    """How large the states are. Raises ValueError where the encoder cannot be loaded."""
+    width = TextEncoders.load(config)([""])["byt5"].shape[2]
+    per_caption = 2 * width * CAPTION_LENGTH
+    return (
+        f"warning: states of {config.byt5} take about {per_caption / 1e6:.2f} MB for a caption of {CAPTION_LENGTH} characters, "
+        f"{per_caption * num_captions / 1e9:.1f} GB for {num_captions} such; training can compute them instead"
+    )

@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 from paella import command_line
 from paella.bundle import load_vqgan
-from paella.conditioning import TextEncoders, load_clip
+from paella.conditioning import load_clip
 from paella.vqgan import VQModel
 from pipelines import cli, tracking
+from pipelines.byt5_columns import warning
 from pipelines.duplicates import STAGED, forget, verdicts
 from pipelines.estimate import estimate
 from pipelines.output_store import Output
@@ -53,6 +54,8 @@ def _make_dataset(config: TokenizeConfig) -> None:
     model, digest = load_vqgan(config.vqgan)
     _require_models(config, model)
     units = find_units(config.input, config.rows_per_unit, config.source)
+    if config.text is not None:
+        print(warning(config.text, _num_samples(units)))
     if config.estimate:
         print(estimate(config, units))
         return
@@ -82,8 +85,6 @@ def _require_models(config: TokenizeConfig, model: VQModel) -> None:
         raise ValueError(f"resolution={config.resolution} is not allowed: the VQGAN needs a multiple of {factor}")
     if config.clip is not None:
         load_clip(config.clip)
-    if config.text is not None:
-        TextEncoders.load(config.text)
 
 
 def _num_samples(units: Sequence[Unit]) -> int:

@@ -23,6 +23,7 @@ from paella.config import TextConfig, VQConfig
 from paella.images import MAX_PIXELS, center_crop, decode_image, to_tensor
 from paella.vqgan import VQModel
 from pipelines import cli, inspect_tokens, tokenize_images, tracking
+from pipelines.byt5_columns import warning
 from pipelines.img2dataset_layout import write_folder, write_webdataset
 from pipelines.output_store import Output
 from pipelines.sample_filters import FilterConfig
@@ -100,6 +101,8 @@ def test_text_states_are_the_encoder_s_without_padding(images, vqgan, model_bund
         assert (row["byt5_length"], format.byt5_embd) == states.shape
         kept = np.array(row["byt5"], dtype=np.float32).reshape(states.shape)
         np.testing.assert_allclose(kept, states.numpy(), atol=5e-3, rtol=5e-3)  # float16
+    width = format.byt5_embd
+    assert f"{200 * width / 1e6:.2f} MB for a caption" in warning(TextConfig(byt5=str(encoder)), 1000)
     with pytest.raises(ValueError, match="the text encoder 'no-such-encoder' cannot be loaded"):
         run(config(images, vqgan, "unused", byt5="no-such-encoder"))
 
