@@ -279,7 +279,7 @@ def test_an_estimate_writes_nothing(images, vqgan, tmp_path, ray_session, capsys
 def test_a_dataset_on_s3_is_the_same(bucket, images, vqgan, dataset, tmp_path, capsys):
     """The program itself writes to a real S3 server; a second run does nothing."""
     uri = f"{bucket}/some/tokens"
-    out, err = start(*arguments(images, vqgan, uri)).communicate(timeout=200)
+    out, err = start(*arguments(images, vqgan, uri)).communicate(timeout=380)
     assert "rows in 50 = written 50 + filtered 0 + rejected 0" in out, err
     tokenize_images.run(config(images, vqgan, uri))
     assert f"tokenizing is finished: {uri}" in capsys.readouterr().out

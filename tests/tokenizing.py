@@ -106,7 +106,7 @@ def kill_all(process: subprocess.Popen) -> None:
     process.communicate()
 
 
-def wait_until(happened: Callable[[], object], process: subprocess.Popen | None = None, timeout_s: float = 150) -> None:
+def wait_until(happened: Callable[[], object], process: subprocess.Popen | None = None, timeout_s: float = 400) -> None:
     """Polls often, since some instants are short. Fails where the program ends first."""
     deadline = time.monotonic() + timeout_s
     while not happened():
