@@ -18,12 +18,11 @@ import io
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import matplotlib
@@ -149,12 +148,20 @@ def time_plain_loop(root: Path, steps: int, *, encoding: bool) -> float:
     return BATCH_SIZE / float((root / "seconds").read_text())
 
 
-def run_program(root: Path, arguments: list[object]) -> tracking.Run:
-    """Run train.py on the data in `root`; returns its MLflow run."""
+def run_program(root: Path, arguments: list[object], until: Callable[[], bool] = lambda: False) -> tracking.Run:
+    """Run train.py on the data in `root`, to its end or until something has happened; returns its MLflow run."""
     places = ["--data", root / "tokens", "--vqgan", root / "vqgan", "--output", root / "run", "--model.text.byt5", root / "byt5"]
     command = [sys.executable, ROOT / "pipelines" / "train.py", *arguments, *places, "--num-workers", WORKERS]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{root}/mlflow.db"}
-    subprocess.run([str(part) for part in command], check=True, env=environment, stdout=sys.stderr)
+    program = psutil.Popen([str(part) for part in command], env=environment, stdout=sys.stderr)
+    while program.poll() is None and not until():
+        time.sleep(1)
+    if program.poll() is None:
+        for process in [*program.children(recursive=True), program]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    elif program.returncode != 0:
+        raise SystemExit(f"train.py ended with {program.returncode}")
     return tracking.run_of(root / "run")
 
 
@@ -221,7 +228,7 @@ def watched_memory(peak: list[float]) -> Iterator[None]:
 
 
 def one_billion(image_size: int) -> None:
-    """`paella-1b` on two CPU workers: three optimizer steps and a checkpoint after the second."""
+    """`paella-1b` on two CPU workers: three optimizer steps and a checkpoint after the second; the bundle is not waited for."""
     if (free := psutil.virtual_memory().available) < NEEDED_BYTES:
         raise SystemExit(f"error: {free / 1e9:.1f} GB of memory are free, {NEEDED_BYTES / 1e9:.0f} are needed")
     peak, began = [0.0], time.monotonic()
@@ -230,8 +237,13 @@ def one_billion(image_size: int) -> None:
         root = Path(directory)
         make_data(root, config, 8)
         make_text_encoder(root / "byt5", PRESETS["paella-1b"].unet.byt5_embd)
+
+        def done() -> bool:
+            saved = list((root / "run" / "checkpoints").glob("*/manifest.json"))
+            return bool(saved) and tracking.last_step(tracking.run_of(root / "run"), "loss") == 3
+
         with watched_memory(peak):
-            run = run_program(root, [*ONE_BILLION, "--model.image-size", image_size])
+            run = run_program(root, [*ONE_BILLION, "--model.image-size", image_size], done)
         checkpoints = sum(file.stat().st_size for file in (root / "run" / "checkpoints").rglob("*") if file.is_file())
         history = {name: tracking.metric_history(run, name) for name in ("loss", "grad_norm", "step_s", "memory_gb")}
     print(f"three steps and a checkpoint in {time.monotonic() - began:.0f} s, at most {peak[0] / 1e9:.1f} GB of memory")
