@@ -53,7 +53,9 @@ def matrix_rate(dtype: torch.dtype, size: int = 1024, seconds: float = 0.1) -> f
     """FLOP/s of products of square matrices on this process's CPU threads; in float32 also as 1×1 convolutions, which are
     faster on some (see `blocks.linear`)."""
     a, x = torch.randn(size, size).to(dtype), torch.randn(1, size, size, 1).to(dtype, memory_format=torch.channels_last)
-    ways = [lambda: a @ a, *([lambda: F.conv2d(x, a[:, :, None, None])] if dtype == torch.float32 else [])]
+    ways: list[Callable[[], Tensor]] = [lambda: a @ a]
+    if dtype == torch.float32:
+        ways.append(lambda: F.conv2d(x, a[:, :, None, None]))
     return max(_rate(way, seconds) for way in ways) * 2.0 * size**3
 
 
