@@ -1,7 +1,9 @@
 """Checkpoints of two workers: whole or not at all, the newest intact one found, on disks that fill up and in object stores."""
 
+import multiprocessing
 import os
 import resource
+import sys
 import time
 from pathlib import Path
 
@@ -18,16 +20,26 @@ from pipelines.recovery import Guard, RecoveryConfig, Vote
 from pipelines.watchdog import EXIT_CODE, Watchdog
 
 
-def spawn(function, num_workers: int, *arguments: object) -> None:
-    mp.spawn(_start, (function, num_workers, *arguments), nprocs=num_workers)
+def spawn(function, num_workers: int, *arguments: object, join: bool = True):
+    """Workers, each forked from a process that has imported what they need."""
+    multiprocessing.set_forkserver_preload(["pipelines.checkpoints", "pipelines.recovery", "pipelines.watchdog"])
+    given = (function, num_workers, dict(os.environ), *arguments)
+    return mp.start_processes(_start, given, nprocs=num_workers, join=join, start_method="forkserver")
 
 
-def _start(rank: int, function, num_workers: int, root: str, *arguments: object) -> None:
+def _start(rank: int, function, num_workers: int, environment: dict[str, str], root: str, *arguments: object) -> None:
+    os.environ.update(environment)  # the bucket's, which is younger than the process that forked this one
+    sys.stdout = sys.stderr = Path(root, f"said-{rank}").open("a")  # noqa: SIM115 (the server’s own were the first test’s)
     torch.set_num_threads(1)
     file = f"{root}/store-{function.__name__}-{num_workers}"
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=num_workers)
     function(rank, Path(root), *arguments)
     dist.destroy_process_group()
+
+
+def said(root: Path) -> str:
+    """What the workers have printed."""
+    return "".join(file.read_text() for file in root.glob("said-*"))
 
 
 def make(value: float) -> tuple[nn.Module, TrainingState]:
@@ -79,18 +91,17 @@ def _load_alone(rank: int, root: Path, uri: str) -> None:
     assert value_of(model) == 10
 
 
-def test_the_newest_intact_checkpoint_is_found_again_on_any_number_of_workers(tmp_path, capfd):
+def test_the_newest_intact_checkpoint_is_found_again_on_any_number_of_workers(tmp_path):
     spawn(_save_and_damage, 2, str(tmp_path), str(tmp_path / "checkpoints"))
-    said = capfd.readouterr().out
-    assert "the checkpoint of step 40 is damaged (__1_0.distcp is not what was written); falling back" in said
-    assert "the checkpoint of step 40 is damaged (its manifest.json cannot be read)" in said
-    assert "the checkpoint of step 30 is damaged (.metadata is missing)" in said
+    assert "the checkpoint of step 40 is damaged (__1_0.distcp is not what was written); falling back" in said(tmp_path)
+    assert "the checkpoint of step 40 is damaged (its manifest.json cannot be read)" in said(tmp_path)
+    assert "the checkpoint of step 30 is damaged (.metadata is missing)" in said(tmp_path)
     spawn(_load_alone, 1, str(tmp_path), str(tmp_path / "checkpoints"))
 
 
-def test_checkpoints_in_an_object_store(tmp_path, bucket, capfd):
+def test_checkpoints_in_an_object_store(tmp_path, bucket):
     spawn(_save_and_damage, 2, str(tmp_path), f"{bucket}/run/checkpoints")
-    assert "is not what was written" in capfd.readouterr().out
+    assert "is not what was written" in said(tmp_path)
     spawn(_load_alone, 1, str(tmp_path), f"{bucket}/run/checkpoints")
 
 
@@ -111,11 +122,10 @@ def _fill_the_disk(rank: int, root: Path) -> None:
     assert store.load(state)["step"] == 30
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_training_goes_on(tmp_path, capfd):
+def test_a_full_disk_leaves_the_last_checkpoint_and_training_goes_on(tmp_path):
     spawn(_fill_the_disk, 2, str(tmp_path))
-    said = capfd.readouterr().out
-    assert "the checkpoint of step 20 could not be written (rank 1: " in said
-    assert "that of step 10 is intact; training goes on" in said
+    assert "the checkpoint of step 20 could not be written (rank 1: " in said(tmp_path)
+    assert "that of step 10 is intact; training goes on" in said(tmp_path)
 
 
 def _vote_and_guard(rank: int, root: Path) -> None:
@@ -137,9 +147,9 @@ def _vote_and_guard(rank: int, root: Path) -> None:
     assert not back.allows(float("inf"), 1.0) and back.rollback
 
 
-def test_workers_agree_on_what_to_do_and_on_what_is_a_bad_step(tmp_path, capfd):
+def test_workers_agree_on_what_to_do_and_on_what_is_a_bad_step(tmp_path):
     spawn(_vote_and_guard, 2, str(tmp_path))
-    assert "WARNING: the loss has jumped to 3.1, from a median of 1: skip" in capfd.readouterr().out
+    assert "WARNING: the loss has jumped to 3.1, from a median of 1: skip" in said(tmp_path)
 
 
 def _get_stuck(rank: int, root: Path) -> None:
@@ -152,14 +162,13 @@ def _get_stuck(rank: int, root: Path) -> None:
     dist.barrier()
 
 
-def test_a_stuck_worker_is_named(tmp_path, capfd):
-    context = mp.spawn(_start, (_get_stuck, 2, str(tmp_path)), nprocs=2, join=False)
+def test_a_stuck_worker_is_named(tmp_path):
+    context = spawn(_get_stuck, 2, str(tmp_path), join=False)
     deadline = time.monotonic() + 60
     while any(process.is_alive() for process in context.processes) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert context.processes[1].exitcode == EXIT_CODE
     assert context.processes[0].exitcode in (EXIT_CODE, 1), "it may find that the other is gone while it tells us"
-    said = capfd.readouterr().err
-    assert "no step has been finished for 3 s: " in said
-    assert f"rank 1 ({os.uname().nodename}, process {context.processes[1].pid}) did not arrive" in said
-    assert "step 8, reading data" in said and "rank 0 (" not in said
+    assert "no step has been finished for 3 s: " in said(tmp_path)
+    assert f"rank 1 ({os.uname().nodename}, process {context.processes[1].pid}) did not arrive" in said(tmp_path)
+    assert "step 8, reading data" in said(tmp_path) and "rank 0 (" not in said(tmp_path)
