@@ -151,10 +151,9 @@ def encoding(model: VQModel, jpegs: Sequence[bytes]) -> float:
     return len(images) / (time.thread_time() - began)
 
 
-def job(root: Path, images: str, output: str, resolution: int) -> TokenizeConfig:
-    return TokenizeConfig(
-        input=str(root / images), vqgan=str(root / "vqgan"), output=str(root / output), resolution=resolution, rows_per_unit=250
-    )
+def job(root: Path, images: str, output: str, resolution: int, rows_per_unit: int) -> TokenizeConfig:
+    places = {"input": str(root / images), "vqgan": str(root / "vqgan"), "output": str(root / output)}
+    return TokenizeConfig(**places, resolution=resolution, rows_per_unit=rows_per_unit)
 
 
 def flags(config: TokenizeConfig) -> list[str]:
@@ -162,9 +161,9 @@ def flags(config: TokenizeConfig) -> list[str]:
     return [part for name in names for part in (f"--{name.replace('_', '-')}", str(getattr(config, name)))]
 
 
-def bare(root: Path, rank: int) -> None:
+def bare(root: Path, rank: int, rows_per_unit: int) -> None:
     """One process of the bare loop: ready, then at a line on stdin its share of the units."""
-    config = job(root, "images", "none", SIDE)
+    config = job(root, "images", "none", SIDE, rows_per_unit)
     decode, encode = Decode(config), Encode(config)
     units = find_units(config.input, config.rows_per_unit, config.source)[rank::CPUS]
     encode.table(decode.beginning(units[0], 8))
@@ -176,11 +175,11 @@ def bare(root: Path, rank: int) -> None:
     print(time.process_time() - began, flush=True)
 
 
-def bare_rates(root: Path, num_images: int) -> tuple[float, float]:
+def bare_rates(root: Path, num_images: int, rows_per_unit: int) -> tuple[float, float]:
     """Images per second, and per second of CPU, of the bare loop in one process for each CPU."""
     environment = os.environ | cli.WORKER_ENVIRONMENT | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROGRAM.parents[1])}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    commands = [[sys.executable, __file__, "bare", str(root), str(rank)] for rank in range(CPUS)]
+    commands = [[sys.executable, __file__, "bare", str(root), str(rank), str(rows_per_unit)] for rank in range(CPUS)]
     processes = [subprocess.Popen(command, env=environment, text=True, **pipes) for command in commands]
     for process in processes:
         assert process.stdout.readline() == "ready\n"
@@ -255,7 +254,7 @@ def memory(root: Path, jpegs: Sequence[bytes]) -> dict:
     peaks = {}
     for num in (5_000, 50_000):
         write_tars(root / f"images-{num}", jpegs, num, shard_size=5_000)
-        peaks[num] = peak_memory(job(root, f"images-{num}", f"tokens-{num}", 64))
+        peaks[num] = peak_memory(job(root, f"images-{num}", f"tokens-{num}", 64, 250))
         print(f"{num} images: " + ", ".join(f"{name} {size:.0f} MB" for name, size in peaks[num].items()), flush=True)
     return {"memory_mb": peaks, "memory_growth": peaks[50_000]["all"] / peaks[5_000]["all"]}
 
@@ -269,22 +268,23 @@ def speed(root: Path, jpegs: Sequence[bytes], num_images: int, bundle: str | Non
         for decoder, value in milliseconds.items():
             print(f"{name:14} {decoder:24} {value:6.2f} ms {milliseconds['plain Pillow, bicubic'] / value:5.2f}x", flush=True)
     model = load_vqgan(bundle)[0] if bundle else vqgan(PRESETS["paella-1b"].vqgan, jpegs[:6])
-    found["tokens"] = {size: tokens_kept(model, some) for size, some in (("0.3", jpegs[:8]), ("1", large[:8]))}
+    found["tokens"] = {size: tokens_kept(model, some) for size, some in (("0.3", jpegs[:6]), ("1", large[:6]))}
     for size, values in found["tokens"].items():
         for decoder, (psnr, same) in values.items():
             print(
                 f"{size:>3} megapixel   {decoder:24} {psnr:5.1f} dB, {same:.2%} of the tokens as with plain Pillow, bicubic",
                 flush=True,
             )
-    found["f4_images_per_s"] = rate = encoding(model, jpegs[:24])
+    found["f4_images_per_s"] = rate = encoding(model, jpegs[:16])
     decode_rate = 1000 / found["decode_ms"]["0.3 megapixel"]["ours"]
     core_hours = LAION_AESTHETIC / 3600 * np.array([1 / decode_rate, 1 / rate])
     print(f"per core: decode {decode_rate:.0f} images/s, f4 encoder {rate:.2f} images/s")
     print(f"12 million images: {core_hours[0]:.0f} core-hours of decoding, {core_hours[1]:.0f} of encoding", flush=True)
     write_tars(root / "images", jpegs, num_images, shard_size=1000)
-    before = bare_rates(root, num_images)
-    pipeline = ray_rates(job(root, "images", "tokens", SIDE))
-    after = bare_rates(root, num_images)
+    rows_per_unit = max(10, num_images // 20)
+    before = bare_rates(root, num_images, rows_per_unit)
+    pipeline = ray_rates(job(root, "images", "tokens", SIDE, rows_per_unit))
+    after = bare_rates(root, num_images, rows_per_unit)
     best, best_cpu = map(max, zip(before, after, strict=True))
     print(f"bare loop {before[0]:.1f} and {after[0]:.1f} images/s, {best_cpu:.1f} per second of CPU")
     print(f"Ray       {pipeline[0]:.1f} images/s ({pipeline[2]:.1f} with its start), {pipeline[1]:.1f} per second of CPU")
@@ -308,4 +308,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    bare(Path(sys.argv[2]), int(sys.argv[3])) if sys.argv[1:2] == ["bare"] else main()
+    bare(Path(sys.argv[2]), *map(int, sys.argv[3:])) if sys.argv[1:2] == ["bare"] else main()
