@@ -54,7 +54,7 @@ class Output:
         except FileNotFoundError:
             return set()
         names = {entry["name"].rsplit("/", 1)[-1] for entry in found if entry["type"] == "file"}
-        return {name for name in names if not name.startswith(".")}
+        return {name for name in names if name and not name.startswith(".")}  # stores mark directories by nameless files
 
     def has(self, name: str) -> bool:
         """Whether there is a file."""

@@ -295,8 +295,6 @@ def test_a_dataset_on_s3_is_the_same(bucket, images, vqgan, dataset, tmp_path, c
     inspect_tokens.run(inspect_tokens.InspectConfig(uri=uri))
     with pytest.raises(ValueError, match="resolution 32 → 64"):
         tokenize_images.run(config(images, vqgan, uri, resolution=64))
-    with pytest.raises(ValueError, match="cannot be written"):
-        tokenize_images.run(config(images, vqgan, "s3://there-is-no-such-bucket-here/tokens"))
 
 
 def test_all_rejected_is_an_error_that_can_be_repaired(tmp_path, vqgan, ray_session):
