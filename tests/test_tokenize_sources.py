@@ -1,15 +1,21 @@
-"""A whole tokenizing job on hostile tars: every good row written, every bad one by its name."""
+"""Whole tokenizing jobs on hostile tars and on tables of URLs: every good row written, every bad one by its name."""
 
 import io
+import json
 import tarfile
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from test_image_decoding import jpeg_of_size, zip_bomb
 from test_sources import write_tar
 from tokenizing import config, make_vqgan, rejects_of, rows_of, run
+from web import Answer, site
 
 from pipelines.img2dataset_layout import write_folder
+from pipelines.sample_filters import FilterConfig
 from pipelines.scenes import scenes
+from pipelines.source_contract import FetchConfig, SourceConfig
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +80,24 @@ def test_hostile_tars(tmp_path, jpegs, vqgan, ray_session, capsys):
         "torn.tar": "damaged-shard",
     }
     assert "rows in 28 = written 13 + filtered 0 + rejected 15" in capsys.readouterr().out
+
+
+def test_urls_are_fetched_in_the_job_and_only_those_wanted(tmp_path, jpegs, vqgan, ray_session, capsys):
+    pages = {f"/{n}.jpg": Answer(data) for n, data in enumerate(jpegs)}
+    pages["/0.jpg"] = Answer(jpegs[0], headers=[("X-Robots-Tag", "noai")])
+    with site(pages) as web:
+        rows = [{"URL": web.url(f"/{n}.jpg"), "TEXT": f"scene {n}", "AESTHETIC_SCORE": 5 + n % 2 * 2.0} for n in range(10)]
+        rows += [{"URL": web.url("/0.jpg"), "TEXT": "not to be used", "AESTHETIC_SCORE": 9.0}]
+        (tmp_path / "in").mkdir()
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in" / "laion.parquet")
+        source = SourceConfig(fetch=FetchConfig(allow_private_addresses=True, retries=0))
+        filters = FilterConfig(min_aesthetic=6.0)
+        output = run(config(tmp_path / "in", vqgan, tmp_path / "out", source=source, filters=filters))
+        assert web.asked == {f"/{n}.jpg": 1 for n in (0, 1, 3, 5, 7, 9)}  # 9 is not there
+    written = rows_of(output)
+    assert {id: row["caption"] for id, row in written.items()} == {f"laion/{n:08d}": f"scene {n}" for n in (1, 3, 5, 7)}
+    assert all(row["aesthetic"] == 7.0 and len(row["sha256"]) == 64 for row in written.values())
+    rejects = rejects_of(output)
+    assert rejects["laion/00000009"] == "http-404" and rejects["laion/00000010"] == "opted-out"
+    assert json.loads((output / "dataset.json").read_text())["filters"] == {"min-aesthetic": 5}
+    assert "rows in 11 = written 4 + filtered 5 + rejected 2" in capsys.readouterr().out
