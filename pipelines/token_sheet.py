@@ -22,6 +22,7 @@ from pipelines.token_format import shard_name
 from pipelines.tokenize_config import TokenizeConfig
 
 NUM_IMAGES = 12
+FEW = 4
 
 
 @torch.inference_mode()
@@ -54,14 +55,21 @@ def _with_originals(config: TokenizeConfig, output: Output, units: Sequence[Unit
     chosen = [units[i * len(units) // NUM_IMAGES] for i in range(NUM_IMAGES)] if len(units) > NUM_IMAGES else units
     for unit in chosen:
         rows = {row["id"]: row for row in first_rows(output, unit.name, NUM_IMAGES)}
-        samples = read_unit(unit) if rows else iter(())
-        sample = next((sample for sample in samples if isinstance(sample, Sample) and sample.id in rows), None)
+        samples = _samples(unit, config) if rows else iter(())
+        sample = next((sample for sample in samples if sample.id in rows), None)
         if sample is None:
             continue
         try:
             yield rows[sample.id], config.cropping.decode(sample.image, sample.id).pixels
         except ImageError:  # what is behind a URL may have changed
             continue
+
+
+def _samples(unit: Unit, config: TokenizeConfig) -> Iterator[Sample]:
+    """A few at a time: behind URLs, each is fetched again."""
+    for start in range(0, unit.num_samples, FEW):
+        rows = range(start, min(start + FEW, unit.num_samples))
+        yield from (row for row in read_unit(unit, rows, config.filters.turned_down) if isinstance(row, Sample))
 
 
 def first_rows(output: Output, unit: str, num: int) -> list[dict]:

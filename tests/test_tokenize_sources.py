@@ -60,7 +60,7 @@ def test_hostile_tars(tmp_path, jpegs, vqgan, ray_session, capsys):
         cut = tar.getmember("2.jpg").offset_data + 100
     torn.write_bytes(torn.read_bytes()[:cut])  # half written
 
-    output = run(config(tmp_path / "in", vqgan, tmp_path / "out"))
+    output = run(config(tmp_path / "in", vqgan, tmp_path / "out", rows_per_unit=100))
     assert set(rows_of(output)) == {f"hostile/good{n}" for n in range(len(bad))} | {"torn/0", "torn/1"}
     assert rejects_of(output) == {
         "hostile/truncated": "damaged-image",
@@ -93,7 +93,8 @@ def test_urls_are_fetched_in_the_job_and_only_those_wanted(tmp_path, jpegs, vqga
         source = SourceConfig(fetch=FetchConfig(allow_private_addresses=True, retries=0))
         filters = FilterConfig(min_aesthetic=6.0)
         output = run(config(tmp_path / "in", vqgan, tmp_path / "out", source=source, filters=filters))
-        assert web.asked == {f"/{n}.jpg": 1 for n in (0, 1, 3, 5, 7, 9)}  # 9 is not there
+        assert set(web.asked) == {f"/{n}.jpg" for n in (0, 1, 3, 5, 7, 9)}  # 9 is not there
+        assert sum(web.asked.values()) < 2 * 6  # some again for the contact sheet
     written = rows_of(output)
     assert {id: row["caption"] for id, row in written.items()} == {f"laion/{n:08d}": f"scene {n}" for n in (1, 3, 5, 7)}
     assert all(row["aesthetic"] == 7.0 and len(row["sha256"]) == 64 for row in written.values())
