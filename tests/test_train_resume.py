@@ -103,9 +103,13 @@ def undisturbed(ray_session, place) -> Path:
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
+    """All but the biases of attention's keys: softmax cancels them, so that AdamW makes its steps of a gradient's rounding."""
     files = [output / "model" / "unet.safetensors", *(output / "model" / "encoders").rglob("*.safetensors")]
     assert len(files) == 2
-    return {f"{file.name}/{name}": value for file in files for name, value in load_file(file).items()}
+    found = {f"{file.name}/{name}": value for file in files for name, value in load_file(file).items()}
+    for name in [name for name in found if name.endswith("in_proj_bias")]:
+        found[name][len(found[name]) // 3 : 2 * len(found[name]) // 3] = 0
+    return found
 
 
 def curve(output: Path, name: str = "loss") -> dict[int, float]:
