@@ -72,6 +72,7 @@ def test_everything_killed_in_the_middle_of_a_write(tmp_path, images, vqgan, und
     assert {file: file.stat().st_mtime_ns for file in finished} == finished
 
 
+@pytest.mark.slow  # test_everything_killed_in_the_middle_of_a_write kills it too
 def test_the_driver_alone_is_killed(tmp_path, images, vqgan, undisturbed):
     output = tmp_path / "killed"
     process = start(*arguments(images, vqgan, output))

@@ -85,7 +85,7 @@ FLAGS = [
     "CT", "CTA", "--model.vqgan.codebook-size", "32", "--model.vqgan.bottleneck-blocks", "1", "--model.vqgan.c-hidden", "16",
     "--model.vqgan.c-latent", "4", "--model.image-size", "32", "--num-workers", "2", "--steps", str(STEPS),
     "--global-batch-size", str(BATCH), "--checkpoint-every", "7", "--sample-every", "1000", "--precision", "float32",
-    "--register-as", "test-resume", "--sampling.num-inference-steps", "2", "--sampling.temperature", "1.0", "0.4",
+    "--register-as", "test-resume", "--sampling.num-inference-steps", "2", "--sampling.temperature", "0.7", "0.3",
     "--sampling.cfg", "8.0", "8.0", "--optim.matrix-lr", "None", "--validation-images", "0",
 ]  # fmt: skip
 

@@ -75,6 +75,7 @@ def test_losses_and_codebook_are_logged(whole):
     assert load_vqgan(str(whole / "model"))[0].config == SMALL_VQ
 
 
+@pytest.mark.slow  # the loop it shares with `train` is killed in tests of that
 def test_killed_and_rerun_gives_the_same_weights(whole, scene_shards, tmp_path):
     output = tmp_path / "killed"
     command = [
