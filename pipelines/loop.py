@@ -232,6 +232,7 @@ class Report:
         steps, global_batch_size: of the run.
         unit: what a batch consists of.
         more: further metrics, given the units a second.
+        observe: is told the metrics and the step as MLflow is.
     """
 
     EVERY = 20
@@ -246,9 +247,10 @@ class Report:
         global_batch_size: int,
         unit: str,
         more: Callable[[float], dict[str, float]] = lambda rate: {},
+        observe: Callable[[dict[str, float], int], object] = lambda values, step: None,
     ) -> None:
         self.curve = tracking.Curve(mlflow_run, "grad_norm") if dist.get_rank() == 0 else None
-        self.means, self.shown, self.more = means, shown, more
+        self.means, self.shown, self.more, self.observe = means, shown, more, observe
         self.steps, self.global_batch_size, self.unit = steps, global_batch_size, unit
         self._reset()
 
@@ -280,5 +282,6 @@ class Report:
         values |= {"grad_norm": grad_norm, "lr": lr, f"{self.unit}_per_s": rate} | self.more(rate)
         if self.curve is not None:
             self.curve.log(values, step + 1)
+            self.observe(values, step + 1)
         self._reset()
         return "".join(f"{name} {values[name]:.3f}  " for name in self.shown) + f"{rate:.0f} {self.unit}/s"

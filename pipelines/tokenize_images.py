@@ -30,6 +30,7 @@ from pipelines import cli, tracking
 from pipelines.byt5_columns import warning
 from pipelines.duplicates import STAGED, forget, verdicts
 from pipelines.estimate import estimate
+from pipelines.gauges import TokenizedSamples
 from pipelines.output_store import Output
 from pipelines.source_contract import Unit
 from pipelines.sources import by_shard, find_units
@@ -170,10 +171,12 @@ def _dataset(rows: list[dict[str, Any]]) -> ray.data.Dataset:
 def _follow(dataset: ray.data.Dataset, name: str, total: int, initial: int, tracked: tracking.Run) -> None:
     """Run a dataset of counts to its end, with a bar and, now and then, a point on MLflow's curves."""
     counts: Counter[str] = Counter()
+    seen = TokenizedSamples(name)
     began = logged = time.monotonic()
     with tqdm(total=total, initial=initial, unit="images", desc=name, mininterval=2) as bar:
         for row in dataset.iter_rows():
             counts.update(row)
+            seen.add(row)
             bar.set_postfix(counts, refresh=False)
             bar.update(sum(row.values()))
             if time.monotonic() - logged > LOG_EVERY_S:

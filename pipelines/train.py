@@ -22,6 +22,7 @@ from paella.storage import new_file
 from paella.training import TextToTokens, metrics_of
 from pipelines import cli, initial_weights, loop, tracking
 from pipelines.export import write_bundle
+from pipelines.gauges import TrainingGauges
 from pipelines.progress import Progress
 from pipelines.samples import Samples
 from pipelines.sight import Trace, Utilisation
@@ -79,6 +80,7 @@ def train_worker(arguments: dict) -> None:
         global_batch_size=config.global_batch_size,
         unit="images",
         more=use.metrics,
+        observe=TrainingGauges(Path(config.output).name).set,
     )
     training = loop.Training(config, arguments["mlflow_run"], model, optimizers, ema, report)
     samples = Samples(config, vqgan, arguments["mlflow_run"], rank, world_size, device)

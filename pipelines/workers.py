@@ -8,7 +8,7 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,16 +31,16 @@ SNAPSHOT = "checkpoint_manager_snapshot.json"
 def fit(worker: Callable[[dict], None], arguments: dict[str, Any], cpus_for_data: int = 0) -> None:
     """Run `worker(arguments)` on every worker, and anew from the newest checkpoint where one fails.
 
-    Workers share the CPUs, all but `cpus_for_data`, which are for Ray Data's tasks. `arguments["config"]` is the program's: its
-    output, num_workers (or min_workers to that) and recovery. SIGTERM asks for a last checkpoint and an end.
+    Workers share the CPUs of their nodes; without GPUs all but `cpus_for_data`, which are for Ray Data's tasks.
+    `arguments["config"]` is the program's: its output, num_workers (or min_workers to that) and recovery. SIGTERM asks for a last
+    checkpoint and an end.
 
     Raises RuntimeError with the worker's message where training failed for good; SystemExit where it has been asked to end.
     """
     config = arguments["config"]
     policy: recovery.RecoveryConfig = config.recovery
-    gpu = torch.cuda.is_available()
-    cpus: float = (int(ray.cluster_resources().get("CPU", 1)) - cpus_for_data) / config.num_workers
-    cpus = int(cpus) if cpus >= 1 else cpus
+    gpu = ray.cluster_resources().get("GPU", 0) > 0  # of the cluster: this process may be on a head without
+    cpus = _cpus_per_worker([node["Resources"] for node in ray.nodes() if node["Alive"]], config.num_workers, cpus_for_data)
     place = policy.place(config.output)
     filesystem, root = open_directory(place)
     filesystem.create_dir(root)
@@ -73,6 +73,14 @@ def fit(worker: Callable[[dict], None], arguments: dict[str, Any], cpus_for_data
             raise RuntimeError(end["reason"])
         print(end["reason"], file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM)
+
+
+def _cpus_per_worker(nodes: Sequence[Mapping[str, float]], num_workers: int, cpus_for_data: int) -> float:
+    """CPUs of each worker: what its node has for a GPU, on the node that has least; without GPUs its part of all, a fraction
+    where there are fewer CPUs than workers."""
+    shares = [node.get("CPU", 0) / node["GPU"] for node in nodes if node.get("GPU", 0) > 0]
+    share = min(shares) if shares else (int(sum(node.get("CPU", 0) for node in nodes)) - cpus_for_data) / num_workers
+    return int(share) if share >= 1 else share
 
 
 def _scale(config: Any) -> int | tuple[int, int]:

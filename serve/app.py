@@ -2,7 +2,7 @@
 
 serve run serve.app:app                                          # the demo's model
 serve run serve.app:app model=s3://bucket/bundle max_replicas=4
-serve deploy serve/config.yaml                                   # all of it in a file
+serve deploy cluster/base/serve.yaml                              # all of it in a file
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+import ray
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve as ray_serve
@@ -46,7 +47,7 @@ class Arguments(BaseModel):
     min_batch_images: int = Field(default=4, ge=1)
     num_cpus: float = Field(default=1, ge=0)
     num_gpus: float | None = Field(default=None, ge=0)
-    """Per replica; by default 1 where this machine has a GPU."""
+    """Per replica; by default 1 where the cluster has GPUs."""
     ingress_replicas: int = Field(default=1, ge=1)
     timeout_s: float = Field(default=300, gt=0)
     """For requests that set none."""
@@ -73,8 +74,13 @@ def threads() -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(torch.get_num_threads()), "OMP_WAIT_POLICY": "passive"}
 
 
+def _has_gpus() -> bool:
+    """Whether the cluster has GPUs: the application may be built on a head without."""
+    return ray.cluster_resources().get("GPU", 0) > 0 if ray.is_initialized() else torch.cuda.is_available()
+
+
 def _engine(arguments: Arguments, name: str, uri: str) -> ray_serve.Application:
-    gpus = arguments.num_gpus if arguments.num_gpus is not None else float(torch.cuda.is_available())
+    gpus = arguments.num_gpus if arguments.num_gpus is not None else float(_has_gpus())
     shared = arguments.model_dump(include={"dtype", "max_queued_images", "max_batch_images", "min_batch_images"})
     settings = EngineSettings(model=uri if ":/" in uri else str(Path(uri).absolute()), name=name, **shared)
     deployment = ray_serve.deployment(
