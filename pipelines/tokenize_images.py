@@ -136,7 +136,7 @@ def _encoded(config: TokenizeConfig, units: Sequence[Unit], separate: bool | Non
     """A row with counts for each unit whose shard is in place. Stages are separate where there are GPUs."""
     gpus, cpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
     separate = gpus > 0 if separate is None else separate
-    tasks = _tasks(units, max(gpus, cpus))
+    tasks = _tasks(units, max(1, gpus, cpus))
     dataset = _dataset(packed(tasks))
     if separate:
         dataset = dataset.map_batches(Decode(config), batch_size=1, batch_format="pyarrow", zero_copy_batch=True, num_cpus=1)
