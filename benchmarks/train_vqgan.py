@@ -72,7 +72,7 @@ def measure(model: VQModel, sets: dict[str, np.ndarray]) -> dict[str, float]:
     """PSNR on each held-out set, and the share of codes in use on all of them."""
     values, indices = {}, []
     for name, images in sets.items():
-        tokens = [model.encode(to_tensor(part)) for part in np.array_split(images, 8)]
+        tokens = [model.encode(to_tensor(part)) for part in np.array_split(images, 16)]
         outputs = torch.cat([model.decode_indices(part).clamp(0, 1) for part in tokens])
         values[name] = metrics.psnr(outputs, to_tensor(images)).mean().item()
         indices += tokens
@@ -100,8 +100,8 @@ def main() -> None:
     arguments = parser.parse_args()
     others = [name for name in PHOTOGRAPHS if name != arguments.held_out]
     sets = {
-        "scenes": np.stack([image for _, image in scenes.scenes(256, seed=1, held_out=True)]),
-        "photograph": np.stack(list(crops([arguments.held_out], 256, seed=1))),
+        "scenes": np.stack([image for _, image in scenes.scenes(512, seed=1, held_out=True)]),
+        "photograph": np.stack(list(crops([arguments.held_out], 512, seed=1))),
     }
     rows = []
     with tempfile.TemporaryDirectory() as root:
