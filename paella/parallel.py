@@ -38,7 +38,7 @@ class ParallelConfig:
     compile: bool = False
     """Compile the blocks (torch.compile): minutes at the start, faster steps."""
     accumulate: int = 1
-    """Parts in which a worker passes its share of a batch through the model, before one optimizer step."""
+    """Parts in which each of all workers passes its share of a batch through the model, before one optimizer step."""
     loss_chunk: int | None = None
     """Tokens whose logits exist at the same time: float32 logits of all of them are 134 MB an image with 8192 codes. All if not
     given."""
@@ -48,10 +48,12 @@ class ParallelConfig:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"parallel.{name}={value} is not allowed: an integer of at least 1")
 
-    def require_fits(self, num_workers: int, global_batch_size: int) -> None:
+    def require_fits(self, min_workers: int, num_workers: int, global_batch_size: int) -> None:
         """Raises ValueError where workers do not divide into groups, or their share of a batch into parts."""
-        if self.shard_group_size is not None and num_workers % self.shard_group_size:
-            raise ValueError(f"parallel.shard_group_size={self.shard_group_size} must divide num_workers={num_workers}")
+        if (size := self.shard_group_size) is not None:
+            for number in range(min_workers, num_workers + 1):
+                if number % size:
+                    raise ValueError(f"parallel.shard_group_size={size} must divide num_workers={number}")
         if global_batch_size % (num_workers * self.accumulate):
             raise ValueError(
                 f"global_batch_size={global_batch_size} must be a multiple of num_workers={num_workers} times "

@@ -92,8 +92,13 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed: an integer of at least 0")
         if self.profile is not None:
             steps_of(self.profile)
-        for number in range(self.min_workers or self.num_workers, self.num_workers + 1):
-            self.parallel.require_fits(number, self.global_batch_size)
+        self.parallel.require_fits(self.min_workers or self.num_workers, self.num_workers, self.global_batch_size)
+
+    @property
+    def images_per_pass(self) -> int:
+        """Images that pass the model together at most. Fewer workers than num_workers take more passes of the same images each,
+        which need the same memory and round alike."""
+        return self.global_batch_size // (self.num_workers * self.parallel.accumulate)
 
     @property
     def datasets(self) -> tuple[str, ...]:

@@ -29,9 +29,11 @@ def train_step(
     lr = config.optim.set_lr(optimizers, step, config.steps)
     numbers = loop.sample_numbers(step, config.global_batch_size)
     draws = draw_noise(torch.from_numpy(batch.tokens), config.model.unet.num_labels, config.seed, numbers, config.noise, step)
-    num_parts = config.parallel.accumulate
+    num_images = len(batch.ids)
+    size = next(size for size in range(config.images_per_pass, 0, -1) if num_images % size == 0)  # gradients are means over parts
+    num_parts = num_images // size
     total, mean = torch.zeros((), device=device), torch.zeros((), device=device)
-    parts = split(model, batch, draws, len(batch.ids) // num_parts, device)
+    parts = split(model, batch, draws, size, device)
     for index, (targets, inputs, part) in enumerate(parts):
         sum_gradients_with(model, index == num_parts - 1)
         loss, sums = forward(model, config, targets, inputs, part)
@@ -52,9 +54,8 @@ def split(
 ) -> Iterator[tuple[Tensor, list, Draws]]:
     """Parts of a batch, each of `size` images, on the device: targets (B,H,W), the model's inputs, their share of the draws.
 
-    Texts are padded to the longest of the whole batch, so that the parts are what the whole would be.
+    Texts are padded to the longest of their part, so that a part is the same, to the last bit, whichever batch it is a part of.
     """
-    text = model.text.tokenize(batch.captions)
     clip: tuple[Tensor, ...] = ()
     if batch.clip is not None:
         keep, complete = draws.keep, torch.from_numpy(batch.clip.complete)
@@ -65,5 +66,6 @@ def split(
     for first in range(0, len(tokens), size):
         part = slice(first, first + size)
         mine = draws[part].to(device)
-        inputs = [value[part].to(device) for value in (text.ids, text.mask, *clip)]
+        text = model.text.tokenize(batch.captions[part])
+        inputs = [value.to(device) for value in (text.ids, text.mask, *(each[part] for each in clip))]
         yield tokens[part].to(device), [mine.noised, mine.t, *inputs[:2], mine.keep, *inputs[2:]], mine

@@ -68,9 +68,8 @@ class Validation:
     def _sums(self, model: TextToTokens) -> Tensor:
         """Means and sums by level over this worker's images, in parts as large as those of training."""
         num_images = len(self.batch.ids)
-        size = self.config.global_batch_size // dist.get_world_size() // self.config.parallel.accumulate
         total = torch.zeros((), device=self.device)
-        for targets, inputs, draws in split(model, self.batch, self.draws, min(size, num_images), self.device):
+        for targets, inputs, draws in split(model, self.batch, self.draws, self.config.images_per_pass, self.device):
             _, sums = forward(model, self.config, targets, inputs, draws)
             sums[:2] *= len(targets) / num_images
             total = total + sums

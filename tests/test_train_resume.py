@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -247,8 +247,13 @@ def test_killed_at_ten_random_instants(place):
     assert finished.returncode == 0, finished.stderr
     output, rng = place.root / "random", random.SystemRandom()
     for number in range(10):
-        command = place.command("random", *steps, "--num-workers", 1 + (number + 1) % 2)
-        _interrupt(command, output, ("worker", "driver", "cluster")[number % 3], rng.uniform(1, 8))
+        what, delay_s = ("worker", "driver", "cluster")[number % 3], rng.uniform(1, 8)
+        if number % 2 == 0:
+            _interrupt(place.command("random", *steps), output, what, delay_s)
+            continue
+        with one_cpu() as environment:  # a worker with as many threads and as many images in a pass as each of two
+            alone = ["--num-workers", "1", "--parallel.accumulate", "2"]
+            _interrupt(place.command("random", *steps, *alone), output, what, delay_s, environment)
     finished = subprocess.run(place.command("random", *steps), capture_output=True, text=True, timeout=900)
     assert finished.returncode == 0, finished.stderr
     assert_same(output, whole, 200)
@@ -256,11 +261,24 @@ def test_killed_at_ten_random_instants(place):
     print(f"weights differ by {largest_difference(output, whole):.1e}, losses by {losses:.1e}")
 
 
-def _interrupt(command: list, output: Path, what: str, delay_s: float) -> None:
+@contextlib.contextmanager
+def one_cpu() -> Iterator[dict[str, str]]:
+    """The environment of a program that is to run on a cluster with one CPU."""
+    from ray.cluster_utils import Cluster
+
+    small = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=small)
+    try:
+        yield {"RAY_ADDRESS": cluster.address}
+    finally:
+        cluster.shutdown()
+
+
+def _interrupt(command: list, output: Path, what: str, delay_s: float, environment: Mapping[str, str] = {}) -> None:
     """Start a run, and kill a part of it some time after its first step; if a worker, then later the rest too."""
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     before = {file.name for file in output.with_name(f"{output.name}.ids").glob("*.jsonl")}
-    process = subprocess.Popen(command, start_new_session=True, **quiet)
+    process = subprocess.Popen(command, start_new_session=True, env=os.environ | environment, **quiet)
 
     def workers() -> list[int]:
         files = output.with_name(f"{output.name}.ids").glob("*.jsonl")
