@@ -25,12 +25,12 @@ from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
+from paella.pictures import InputError, image_bytes
 from paella.sampler import MAX_SEED
 from serve.answers import Call
 from serve.limits import BodyLimit
 from serve.modes import Order
 from serve.observability import Sight, inject, prometheus, tracer
-from serve.pictures import image_bytes
 from serve.schemas import (
     ApiError,
     EditRequest,
@@ -150,7 +150,10 @@ def _unpacked(item: Any, name: str) -> Any:
     """Bytes of a file, data URL or {"image_url": data URL}; anything else is left for the schema to refuse."""
     if isinstance(item, dict) and set(item) == {"image_url"}:
         item = item["image_url"]
-    return image_bytes(item, name) if isinstance(item, bytes | str) else item
+    try:
+        return image_bytes(item, name) if isinstance(item, bytes | str) else item
+    except InputError as error:
+        raise ApiError.of(error) from error
 
 
 async def _json(request: Request) -> Any:

@@ -14,10 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray.serve.config import AutoscalingContext
 
 from paella.bundle import Bundle, load_bundle
+from paella.pictures import MAX_AREA, MAX_IMAGE_BYTES, InputError
+from paella.requests import modes_of, warm_up
 from serve.engine import DeadlineExceeded, Draining, Engine, EngineConfig, EngineDied, QueueFull
-from serve.modes import Order, Plan, input_tokens, modes_of, plan, warm_up
+from serve.modes import Order, Plan, input_tokens, plan
 from serve.observability import EngineMetrics, tracer
-from serve.pictures import MAX_AREA, MAX_IMAGE_BYTES
 from serve.schemas import ApiError
 
 log = logging.getLogger("ray.serve")
@@ -191,6 +192,8 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(503, "starting", "the model is being restarted", retry_after_s=5)
     if isinstance(error, DeadlineExceeded):
         return ApiError(504, "deadline_exceeded", str(error))
+    if isinstance(error, InputError):
+        return ApiError.of(error)
     if isinstance(error, ValueError):
         return ApiError(400, "invalid_value", str(error))
     log.error("an order failed", exc_info=error)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-MAX_PROMPT = 32_000
-QUALITY_STEPS = {"auto": 12, "low": 6, "medium": 12, "standard": 12, "high": 24, "hd": 24, "xhigh": 36, "max": 48}
+from paella.pictures import InputError
+from paella.requests import MAX_PROMPT, QUALITY_STEPS, check_inputs, default_mode, is_text
+
 UNSUPPORTED_FIELDS = (
     "complexity", "frame_count", "frame_duration_ms", "input_fidelity", "markup", "moderation", "safety_identifier", "style",
     "svg",
@@ -71,7 +71,7 @@ class ImageRequest(BaseModel):
     @field_validator("prompt", "negative_prompt")
     @classmethod
     def _text(cls, value: str | None) -> str | None:
-        if value is not None and (re.search(r"[\ud800-\udfff]", value) or "\0" in value):
+        if value is not None and not is_text(value):
             raise ValueError("must be text without null characters and lone surrogates")
         return value
 
@@ -139,55 +139,21 @@ class EditRequest(ImageRequest):
 
     @property
     def resolved_mode(self) -> str:
-        if self.mode is not None:
-            return self.mode
-        return "inpaint" if self.mask is not None else "blend" if len(self.image) > 1 else "structural"
+        return self.mode or default_mode(max(1, len(self.image)), self.mask is not None)
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        mode, images = self.resolved_mode, len(self.image)
-        for name, modes in MODE_FIELDS.items():
-            if name in self.model_fields_set and mode not in modes:
-                _wrong(name, f"{name} is for the mode {' or '.join(modes)}, not for {mode}")
-        if mode == "interpolate":
-            if (images, self.prompt_to is not None) not in ((2, False), (0, True)):
-                _wrong("image", "interpolate needs two images, or prompt and prompt_to")
-            if self.prompt_to is not None and not self.prompt:
-                _wrong("prompt", "interpolate needs prompt and prompt_to")
-            if self.prompt_to is not None and self.negative_prompt:
-                _wrong("negative_prompt", "an interpolation of prompts takes no negative prompt")
-            if self.n != 1:
-                _wrong("n", "interpolate makes `frames` images: n is 1")
-        elif mode == "blend" and not images:
-            _wrong("image", "blend needs at least one image")
-        elif mode != "blend" and images != 1:
-            _wrong("image", f"{mode} needs one image, but there are {images}")
-        if self.weights is not None and len(self.weights) != images:
-            _wrong("weights", f"there are {len(self.weights)} weights for {images} images")
-        if mode == "inpaint" and self.mask is None:
-            _wrong("mask", "inpaint needs a mask")
-        if mode == "outpaint" and not (self.pad_left or self.pad_right or self.pad_top or self.pad_bottom):
-            _wrong("pad_left", "outpaint needs pad_left, pad_right, pad_top or pad_bottom above 0")
-        if mode == "outpaint" and self.size != "auto":
-            _wrong("size", "the size of an outpainted picture is the image's and its margins'")
+        try:
+            check_inputs(self.resolved_mode, self, len(self.image), self.model_fields_set)
+        except InputError as error:
+            _wrong(error.param or "image", str(error))
+        if self.resolved_mode == "interpolate" and self.n != 1:
+            _wrong("n", "interpolate makes `frames` images: n is 1")
         return self
 
     @property
     def num_images(self) -> int:
         return self.frames if self.resolved_mode == "interpolate" else self.n
-
-
-MODE_FIELDS: dict[str, tuple[str, ...]] = {
-    "mask": ("inpaint",),
-    **dict.fromkeys(("pad_left", "pad_right", "pad_top", "pad_bottom"), ("outpaint",)),
-    "strength": ("variation",),
-    "weights": ("blend",),
-    "text_weight": ("blend",),
-    "prompt_to": ("interpolate",),
-    "frames": ("interpolate",),
-    "structure_strength": ("structural",),
-}
-"""Fields that only some modes have."""
 
 
 class VariationRequest(EditRequest):
@@ -257,6 +223,10 @@ class ApiError(Exception):
     def __init__(self, status: int, code: str, message: str, param: str | None = None, retry_after_s: float | None = None):
         super().__init__(message)
         self.status, self.code, self.message, self.param, self.retry_after_s = status, code, message, param, retry_after_s
+
+    @classmethod
+    def of(cls, error: InputError) -> ApiError:
+        return cls(413 if error.code == "payload_too_large" else 400, error.code, str(error), error.param)
 
     def __reduce__(self) -> tuple:
         return ApiError, (self.status, self.code, self.message, self.param, self.retry_after_s)

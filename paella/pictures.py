@@ -1,4 +1,4 @@
-"""Images of requests in, within limits; pictures of answers out, with how they were made inside."""
+"""Pictures in and out: images of any request within limits, and files with how they were made inside."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from paella.bundle import Bundle
 from paella.images import decode_image, to_uint8
-from serve.schemas import ApiError
 
 MAX_IMAGE_BYTES = 20_000_000
 MAX_INPUT_PIXELS = 40_000_000
@@ -23,50 +22,62 @@ MAX_AREA = 16
 """Pictures of at most this many times the area of the training images."""
 DATA_URL = ("data:image/png;base64,", "data:image/jpeg;base64,", "data:image/webp;base64,")
 SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")
+GENERATOR = "paella-ray: this picture was made by a model"
+
+
+class InputError(ValueError):
+    """A mistake in a request: what is wrong, with which input, and its code in the HTTP API."""
+
+    def __init__(self, message: str, param: str | None, code: str = "invalid_value") -> None:
+        super().__init__(message)
+        self.param, self.code = param, code
+
+    def __reduce__(self) -> tuple:
+        return InputError, (str(self), self.param, self.code)
 
 
 def image_bytes(data: bytes | str, param: str) -> bytes:
-    """The bytes of an upload or data URL. Raises ApiError for another URL, another type, or more than 20 MB."""
+    """The bytes of an upload or data URL. Raises InputError for another URL, another type, or more than 20 MB."""
     if isinstance(data, str):
         if not data.startswith(DATA_URL):
-            raise ApiError(400, "invalid_value", f"{param} must be a file, or a data URL of a PNG, JPEG or WebP image", param)
+            raise InputError(f"{param} must be a file, or a data URL of a PNG, JPEG or WebP image", param)
         try:
             data = base64.b64decode(data.partition(",")[2], validate=True)
         except (binascii.Error, ValueError) as error:
-            raise ApiError(400, "invalid_value", f"{param} is not valid base64", param) from error
+            raise InputError(f"{param} is not valid base64", param) from error
     if len(data) > MAX_IMAGE_BYTES:
-        raise ApiError(413, "payload_too_large", f"{param} has more than {MAX_IMAGE_BYTES // 1_000_000} MB", param)
+        raise InputError(f"{param} has more than {MAX_IMAGE_BYTES // 1_000_000} MB", param, "payload_too_large")
     if not data.startswith(SIGNATURES):
-        raise ApiError(400, "invalid_value", f"{param} must be a PNG, JPEG or WebP image", param)
+        raise InputError(f"{param} must be a PNG, JPEG or WebP image", param)
     return data
 
 
 def decode_rgb(data: bytes, param: str = "image") -> Image.Image:
-    """Raises ApiError for what cannot be decoded or has too many pixels."""
+    """Raises InputError for what cannot be decoded or has too many pixels."""
     try:
         return decode_image(data, MAX_INPUT_PIXELS)
     except ValueError as error:
-        raise ApiError(400, "invalid_value", f"{param}: {error}", param) from error
+        raise InputError(f"{param}: {error}", param) from error
 
 
 def decode_mask(data: bytes, size: tuple[int, int]) -> Image.Image:
-    """A mask, white where the image is to be edited. Raises ApiError for another size, no alpha, or nothing to edit."""
+    """A mask, white where the image is to be edited. Raises InputError for another size, no alpha, or nothing to edit."""
     decode_rgb(data, "mask")  # the limits, and whether it can be read at all
     image = Image.open(io.BytesIO(data))
     if not image.has_transparency_data:
-        raise ApiError(400, "invalid_value", "the mask has no alpha channel, which says where to edit", "mask")
+        raise InputError("the mask has no alpha channel, which says where to edit", "mask")
     if image.size != size:
-        raise ApiError(400, "invalid_value", f"the mask has {image.size} pixels, but the image has {size}", "mask")
+        raise InputError(f"the mask has {image.size} pixels, but the image has {size}", "mask")
     alpha = image.convert("RGBA").getchannel("A").point(lambda value: 255 if value == 0 else 0)
     if alpha.getbbox() is None:
-        raise ApiError(400, "invalid_value", "the mask's alpha is 0 nowhere: nothing would change", "mask")
+        raise InputError("the mask's alpha is 0 nowhere: nothing would change", "mask")
     return alpha
 
 
 def output_size(bundle: Bundle, size: str, source: tuple[int, int] | None = None) -> tuple[int, int]:
     """(width, height) of a picture: as asked for, or the source's if the model can make it, or the nearest that it can.
 
-    Raises ApiError for a size that the model cannot make.
+    Raises InputError for a size that the model cannot make.
     """
     multiple, (width, height) = bundle.config.size_multiple, bundle.default_size
     most = MAX_AREA * width * height
@@ -82,14 +93,14 @@ def output_size(bundle: Bundle, size: str, source: tuple[int, int] | None = None
 
 
 def check_size(bundle: Bundle, width: int, height: int, param: str = "size") -> tuple[int, int]:
-    """The token grid (rows, columns). Raises ApiError for a size that the model cannot make, or too large a one."""
+    """The token grid (rows, columns). Raises InputError for a size that the model cannot make, or too large a one."""
     most = MAX_AREA * bundle.default_size[0] * bundle.default_size[1]
     if width * height > most:
-        raise ApiError(400, "invalid_value", f"{width}x{height} has more than {most} pixels", param)
+        raise InputError(f"{width}x{height} has more than {most} pixels", param)
     try:
         return bundle.config.grid(width, height)
     except ValueError as error:
-        raise ApiError(400, "invalid_value", str(error), param) from error
+        raise InputError(str(error), param) from error
 
 
 def fitted(image: Image.Image, size: tuple[int, int]) -> Tensor:
@@ -117,6 +128,6 @@ def encoded(image: Tensor, kind: str, quality: int | None, text: dict[str, str] 
         picture.save(buffer, "PNG", pnginfo=info)
     else:
         exif = Image.Exif()
-        exif[0x0131] = "paella-ray: this picture was made by a model"  # Software
+        exif[0x0131] = GENERATOR  # Software
         picture.save(buffer, kind.upper(), quality=90 if quality is None else quality, exif=exif)
     return buffer.getvalue()
