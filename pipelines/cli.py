@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.data import DataContext
+from ray.util.debug import log_once
 
 ROOT = Path(__file__).resolve().parents[1]  # workers import this checkout wherever the program was started from
 
@@ -37,6 +39,15 @@ def start_ray() -> None:
         runtime_env=None if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else environment,
         logging_level=logging.WARNING,
     )
+
+
+def dataset_of(rows: list[dict[str, Any]]) -> ray.data.Dataset:
+    """One task for each row; no bars and plans of Ray's own: one bar in images says more."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    log_once("ray_data_progress_manager_disabled")  # Ray would remind of the line above
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    return ray.data.from_items(rows, override_num_blocks=len(rows))
 
 
 def absolute(uri: str) -> str:

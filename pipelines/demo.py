@@ -26,6 +26,7 @@ from pipelines import (
     train_clip,
     train_vqgan,
 )
+from pipelines.generate_config import GenerateConfig
 from pipelines.stages import Stages
 
 
@@ -74,7 +75,7 @@ def run(config: DemoConfig) -> None:
             model = train.run(_train_config(config, tokens, vqgan, clip, prompts, root))
         with stages("pictures", f"{config.num_prompts} pictures"):
             generate.run(
-                generate.GenerateConfig(
+                GenerateConfig(
                     model=str(model),
                     prompts=str(prompts),
                     output=str(root / "pictures"),

@@ -6,23 +6,25 @@
 
 The reference is a token dataset or images with captions; its captions are the prompts, unless --prompts names a file
 (PartiPrompts' columns included, whose categories then have numbers of their own). Every pair of --steps and --cfg gets its
-pictures. The output holds index.html, report.json, curves.png, the best and the worst pictures, and the pictures in `cells`;
-features are kept beside it in `features`. The same command again continues; a finished evaluation says so and does nothing.
+pictures, all by one job. The output holds index.html, report.json, curves.png, the best and the worst pictures, and all in
+`pictures`; features are kept beside it in `features`. The same command again continues; a finished evaluation says so.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
@@ -31,12 +33,25 @@ from torch import Tensor
 from paella import command_line
 from paella.bundle import load_vqgan
 from paella.distances import Moments, clip_scores, cmmd, frechet_distance, interval, jackknife, prdc, radii
-from paella.sampler import SamplingConfig
+from paella.sampler import MAX_SEED, SamplingConfig
 from paella.storage import new_file
 from paella.weights import read_config
-from pipelines import cli, evaluate_vqgan, evaluation_report, features, generate, scene_checker, scenes, tracking
+from pipelines import (
+    cli,
+    evaluate_vqgan,
+    evaluation_report,
+    features,
+    generate,
+    manifest,
+    prompts,
+    scene_checker,
+    scenes,
+    tracking,
+)
 from pipelines.features import Networks
+from pipelines.generate_config import GenerateConfig
 from pipelines.image_sets import decode_captioned
+from pipelines.output_store import Output
 
 METRICS = {
     "fid": ("reference", "inception"),
@@ -48,6 +63,8 @@ METRICS = {
     "reconstruction": ("reference",),
 }
 """What each metric needs."""
+PICTURES = "pictures"
+"""Where they lie below the output."""
 BLOCKS = 20
 """Parts of the pictures that are left out in turn, for confidence intervals."""
 
@@ -137,13 +154,20 @@ def run(config: EvaluateConfig) -> Path:
     if (output / "report.json").exists():
         print(f"evaluation is finished: {output / 'index.html'}")
         return output
-    table.to_parquet(output / "prompts.parquet")
-    reference = None
+    pictures = make_pictures(config, table)
+    sets = (
+        {name: features.files(name, output / PICTURES, rows) for name, rows in pictures.items()} if networks != Networks() else {}
+    )
+    cache, reference = output.parent / "features", None
     if any("reference" in METRICS[name] for name in config.metric_names if name != "reconstruction"):
-        reference = Reference(features.embed(_reference(config, config.num_reference), networks, output.parent / "features"))
+        real = _reference(config, config.num_reference)
+        features.prepare([real, *sets.values()], networks, cache)
+        reference = Reference(features.embed(real, networks, cache))
+    features.prepare([*sets.values()], networks, cache)
     report: dict[str, Any] = {"model": config.model, "reference": config.reference, "prompts": len(table), "cells": {}}
-    for name, sampling in config.cells.items():
-        report["cells"][name] = evaluate_cell(config, name, sampling, table, networks, reference)
+    for name, rows in pictures.items():
+        made = features.embed(sets[name], networks, cache) if name in sets else {}
+        report["cells"][name] = evaluate_cell(config, rows, made, reference)
     if "reconstruction" in config.metric_names:
         report["reconstruction"] = reconstruction(config)
     finish(output, report, values)
@@ -170,12 +194,54 @@ def prompt_table(config: EvaluateConfig) -> pd.DataFrame:
         assert config.reference is not None
         table = pd.DataFrame({"prompt": features.captions(config.reference, config.num_images)})
     else:
-        table = generate.read_table(config.prompts)
-        table = table[[name for name in ("prompt", "category") if name in table.columns]].head(config.num_images)
+        table = pd.DataFrame(itertools.islice(_prompts(config.prompts), config.num_images))
+        if table.empty:
+            raise ValueError(f"there are no prompts in {config.prompts}")
     if "scenes" in config.metric_names:
         for prompt in table["prompt"]:
             scenes.parse_caption(prompt)
     return table
+
+
+def _prompts(uri: str) -> Iterator[dict[str, str]]:
+    """The prompts of a file, with their category if they have one."""
+    for row in prompts.read(uri):
+        prompt = str(row.values.get("prompt", row.values.get("caption", ""))).strip()
+        if prompt:
+            yield {"prompt": prompt} | {name: str(row.values[name]) for name in ("category",) if name in row.values}
+
+
+def make_pictures(config: EvaluateConfig, table: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
+    """A picture of each prompt with each setting, all by one job; their rows of its manifest, by setting.
+
+    Raises ValueError for prompts that no picture can be made of.
+    """
+    output = Path(config.output)
+    rows = [
+        {"id": f"{name}-{number:06d}", "cell": name, "seed": (config.seed + number) % (MAX_SEED + 1)}
+        | {"num_inference_steps": sampling.num_inference_steps, "cfg": list(sampling.cfg)}
+        | {key: value for key, value in row.items() if isinstance(value, str)}
+        for name, sampling in config.cells.items()
+        for number, row in enumerate(table.to_dict("records"))
+    ]
+    with new_file(output / "prompts.parquet") as file:
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    generate.run(
+        GenerateConfig(
+            model=config.model,
+            prompts=str(output / "prompts.parquet"),
+            output=str(output / PICTURES),
+            batch_size=config.batch_size,
+            sampling=config.sampling,
+        )
+    )
+    by_cell: dict[str, list[dict[str, Any]]] = {name: [] for name in config.cells}
+    for row in manifest.rows(Output(str(output / PICTURES))):
+        if row["status"] != "made":
+            raise ValueError(f"no picture can be made of the prompt {row['prompt']!r}: {row['error']}")
+        extra = json.loads(row["extra"])
+        by_cell[extra["cell"]].append(row | {"category": extra.get("category")})
+    return by_cell
 
 
 def _reference(config: EvaluateConfig, num: int) -> features.ImageSet:
@@ -201,50 +267,31 @@ class Reference:
 
 
 def evaluate_cell(
-    config: EvaluateConfig,
-    name: str,
-    sampling: SamplingConfig,
-    table: pd.DataFrame,
-    networks: Networks,
-    reference: Reference | None,
+    config: EvaluateConfig, rows: list[dict[str, Any]], made: dict[str, Tensor], reference: Reference | None
 ) -> dict[str, Any]:
-    """Make the pictures of one setting and measure them.
+    """Measure the pictures of one setting, by their rows of the manifest and their features.
 
     Returns `metrics` (value and half the width of its interval), `categories` (the same of each) and `images`.
     """
-    assert config.model is not None
-    print(f"{name}: {len(table)} pictures", flush=True)
-    directory = Path(config.output) / "cells" / name
-    job = generate.GenerateConfig(
-        model=config.model,
-        prompts=str(Path(config.output) / "prompts.parquet"),
-        output=str(directory),
-        seed=config.seed,
-        batch_size=config.batch_size,
-        sampling=sampling,
-    )
-    generate.run(job)
-    rows = pq.read_table(directory / "manifest").sort_by("order").to_pylist()
+    pictures = Path(config.output) / PICTURES
     per_picture: dict[str, Tensor] = {}
     metrics: dict[str, Tensor] = {}
-    if networks != Networks():
-        made = features.embed(features.files(name, directory, rows), networks, Path(config.output).parent / "features")
-        if "clip-score" in config.metric_names:
-            per_picture["clip_score"] = clip_scores(made["clip"], made["clip_text"])
-        if reference is not None:
-            metrics |= distances_to(reference, made, config.metric_names)
+    if "clip-score" in config.metric_names:
+        per_picture["clip_score"] = clip_scores(made["clip"], made["clip_text"])
+    if reference is not None:
+        metrics |= distances_to(reference, made, config.metric_names)
     if "scenes" in config.metric_names:
-        per_picture |= scene_checks(directory, rows)
+        per_picture |= scene_checks(pictures, rows)
     metrics |= {key: _mean(values) for key, values in per_picture.items()}
-    categories = table["category"].astype(str) if "category" in table else pd.Series(dtype=str)
+    categories = pd.Series([row["category"] for row in rows]).dropna()
     return {
         "metrics": {key: _json(value) for key, value in metrics.items()},
         "categories": {
-            category: {key: _json(_mean(values[torch.tensor(numbers)])) for key, values in per_picture.items()}
-            for category, numbers in sorted(categories.groupby(categories).indices.items())
+            category: {key: _json(_mean(values[torch.tensor(numbers.to_numpy())])) for key, values in per_picture.items()}
+            for category, numbers in sorted(categories.groupby(categories).groups.items())
         },
         "images": [
-            {"prompt": row["prompt"], "seed": row["seed"], "file": f"cells/{name}/{row['file']}"}
+            {"prompt": row["prompt"], "seed": row["seed"], "file": f"{PICTURES}/{row['file']}"}
             | {key: round(values[number].item(), 4) for key, values in per_picture.items()}
             for number, row in enumerate(rows)
         ],

@@ -129,7 +129,7 @@ def page(output: Path, report: dict[str, Any], best: str) -> str:
             parts.append(
                 f'<h2>{name.capitalize()} by CLIP score, of {html.escape(best)}</h2><img src="{name}.png" alt="{name} pictures">'
             )
-    links = "".join(f'<li><a href="cells/{name}/index.html">{html.escape(name)}</a></li>' for name in report["cells"])
+    links = "".join(f'<li><a href="pictures/index.html#{name}">{html.escape(name)}</a></li>' for name in report["cells"])
     return PAGE.format(title="evaluation", body="".join([*parts, f"<h2>All pictures</h2><ul>{links}</ul>"]))
 
 

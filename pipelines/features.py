@@ -170,8 +170,7 @@ def _digest(values: Any) -> str:
 class Embed:
     """Loads the networks once; a chunk becomes a row of features of each image. Always float32."""
 
-    def __init__(self, read: Callable[[dict[str, Any]], Iterator[Captioned]], networks: Networks) -> None:
-        self.read = read
+    def __init__(self, networks: Networks) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.clip: Any = None
         if networks.clip is not None:
@@ -180,10 +179,12 @@ class Embed:
         self.inception = None if networks.inception is None else load_inception(networks.inception).to(self.device)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        captioned = list(self.read(pickle.loads(batch["chunk"][0])))
+        number, read, chunk = pickle.loads(batch["chunk"][0])
+        captioned = list(read(chunk))
         # of a chunk without any readable image the features of another one have the shapes
         features = self.features(captioned or [("", np.zeros((32, 32, 3), dtype=np.uint8))])
-        return {name: value.float().cpu().numpy()[: len(captioned)] for name, value in features.items()}
+        values = {name: value.float().cpu().numpy()[: len(captioned)] for name, value in features.items()}
+        return values | {"set": np.full(len(captioned), number)}
 
     @torch.inference_mode()
     def features(self, captioned: Sequence[Captioned]) -> dict[str, Tensor]:
@@ -218,33 +219,56 @@ def embed(images: ImageSet, networks: Networks, cache: Path) -> dict[str, Tensor
 
     Raises ValueError where no image can be read.
     """
-    kept = cache / f"{_digest([images.digest, networks.digest])}.safetensors"
-    if kept.exists():
-        return load_file(kept)
+    prepare([images], networks, cache)
+    return load_file(_kept(images, networks, cache))
+
+
+def _kept(images: ImageSet, networks: Networks, cache: Path) -> Path:
+    return cache / f"{_digest([images.digest, networks.digest])}.safetensors"
+
+
+def prepare(sets: Sequence[ImageSet], networks: Networks, cache: Path) -> None:
+    """Embed those of the sets whose features are not kept yet, in one job: the networks are loaded once.
+
+    Raises ValueError where of one of them no image can be read.
+    """
+    missing = [images for images in sets if not _kept(images, networks, cache).exists()]
     parts: dict[str, list[np.ndarray]] = {}
-    progress = Progress(f"features of {images.name}", images.num_images)
-    for number, batch in enumerate(_embedded(images, networks), 1):
-        for name, values in batch.items():
-            parts.setdefault(name, []).append(values)
-        progress.update(min(images.num_images, number * CHUNK))
-    features = {name: torch.from_numpy(np.concatenate(values)) for name, values in parts.items()}
-    if not features or any(len(values) == 0 for values in features.values()):
+    current = 0
+    progress = Progress("features of " + ", ".join(images.name for images in missing), sum(i.num_images for i in missing))
+    done = 0
+    for batch in _embedded(missing, networks) if missing else ():
+        for number in np.unique(batch["set"]):  # in order
+            while current < number:
+                _keep(missing[current], parts, _kept(missing[current], networks, cache))
+                parts, current = {}, current + 1
+            for name, values in batch.items():
+                parts.setdefault(name, []).append(values[batch["set"] == number])
+        done += len(batch["set"])
+        progress.update(done)
+    for images in missing[current:]:
+        _keep(images, parts, _kept(images, networks, cache))
+        parts = {}
+
+
+def _keep(images: ImageSet, parts: dict[str, list[np.ndarray]], place: Path) -> None:
+    if not parts:
         raise ValueError(f"none of the images in {images.name} can be read")
-    with new_file(kept) as file:
-        save_file(features, file)
-    return features
+    with new_file(place) as file:
+        save_file({name: torch.from_numpy(np.concatenate(values)) for name, values in parts.items() if name != "set"}, file)
 
 
-def _embedded(images: ImageSet, networks: Networks) -> Iterator[dict[str, np.ndarray]]:
+def _embedded(sets: Sequence[ImageSet], networks: Networks) -> Iterator[dict[str, np.ndarray]]:
+    """Features of the images of several sets, in order, with the number of each image's set."""
     cli.start_ray()
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
+    DataContext.get_current().execution_options.preserve_order = True
     gpus, cpus = (int(ray.cluster_resources().get(name, 0)) for name in ("GPU", "CPU"))
-    chunks = [{"chunk": pickle.dumps(chunk)} for chunk in images.chunks]
-    dataset = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(
+    chunks = [
+        {"chunk": pickle.dumps((number, images.read, chunk))} for number, images in enumerate(sets) for chunk in images.chunks
+    ]
+    dataset = cli.dataset_of(chunks).map_batches(
         Embed,
-        fn_constructor_args=(images.read, networks),
+        fn_constructor_args=(networks,),
         batch_size=1,
         batch_format="numpy",
         compute=ActorPoolStrategy(min_size=1, max_size=gpus or max(1, cpus // 2)),

@@ -6,8 +6,10 @@ Locally a file is written beside its place and moved there; a store takes it in 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 import pyarrow as pa
@@ -82,6 +84,23 @@ class Output:
             return
         filesystem, root = self._store()
         filesystem.pipe_file(f"{root}/{name}", data)
+
+    @contextmanager
+    def growing(self, name: str) -> Iterator[IO[bytes]]:
+        """A file to write to, which appears when the block ends without an exception, and not before."""
+        if self.local is not None:
+            with new_file(self.local / name) as place, place.open("wb") as file:
+                yield file
+            return
+        filesystem, root = self._store()
+        file = filesystem.open(f"{root}/{name}", "wb", autocommit=False)
+        try:
+            yield file
+            file.close()
+        except BaseException:
+            file.discard()
+            raise
+        file.commit()
 
     def delete(self, name: str) -> None:
         """Remove a file, if it is there."""

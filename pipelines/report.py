@@ -15,9 +15,10 @@ from paella.bundle import Bundle, load_bundle
 from paella.images import contact_sheet, to_uint8
 from paella.metrics import codebook_use
 from paella.storage import new_file
-from pipelines import scene_checker, scenes, tracking
+from pipelines import manifest, scene_checker, scenes, tracking
 from pipelines.image_sets import captions as source_captions
 from pipelines.image_sets import decode_all
+from pipelines.output_store import Output
 from pipelines.progress import duration
 from pipelines.stages import Stages
 from pipelines.train_config import presets
@@ -54,10 +55,8 @@ def write(root: Path, model: Path, prompts: list[str], stages: Stages, *, genera
 
 
 def pictures(directory: Path) -> list[tuple[str, np.ndarray]]:
-    """(prompt, image) of every generated picture, in order of the seeds."""
-    import pyarrow.parquet as pq
-
-    rows = pq.read_table(directory / "manifest").sort_by("order").to_pylist()
+    """(prompt, image) of every generated picture, in order."""
+    rows = manifest.made(Output(str(directory)))
     return [(row["prompt"], np.asarray(Image.open(directory / row["file"]).convert("RGB"))) for row in rows]
 
 

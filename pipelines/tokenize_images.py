@@ -11,15 +11,13 @@ the input has got since are added. `--estimate` writes nothing and says what the
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.data import ActorPoolStrategy, DataContext
-from ray.util.debug import log_once
+from ray.data import ActorPoolStrategy
 from tqdm import tqdm
 
 from paella import command_line
@@ -137,7 +135,7 @@ def _encoded(config: TokenizeConfig, units: Sequence[Unit], separate: bool | Non
     gpus, cpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
     separate = gpus > 0 if separate is None else separate
     tasks = _tasks(units, max(1, gpus, cpus))
-    dataset = _dataset(packed(tasks))
+    dataset = cli.dataset_of(packed(tasks))
     if separate:
         dataset = dataset.map_batches(Decode(config), batch_size=1, batch_format="pyarrow", zero_copy_batch=True, num_cpus=1)
     return dataset.map_batches(
@@ -157,15 +155,6 @@ def _tasks(units: Sequence[Unit], workers: int) -> list[list[Unit]]:
     """Units that one task reads: of one shard, and few enough that all workers have some until the end."""
     most = max(1, len(units) // (8 * workers))
     return [shard[i : i + most] for shard in by_shard(units) for i in range(0, len(shard), most)]
-
-
-def _dataset(rows: list[dict[str, Any]]) -> ray.data.Dataset:
-    """One task for each row; no bars and plans of Ray's own: one bar in images says more."""
-    context = DataContext.get_current()
-    context.enable_progress_bars = context.print_on_execution_start = False
-    log_once("ray_data_progress_manager_disabled")  # Ray would remind of the line above
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    return ray.data.from_items(rows, override_num_blocks=len(rows))
 
 
 def _follow(dataset: ray.data.Dataset, name: str, total: int, initial: int, tracked: tracking.Run) -> None:
@@ -194,7 +183,7 @@ def _deduplicate(config: TokenizeConfig, output: Output, missing: Sequence[Unit]
         for unit, verdict in verdicts(output, finished, staged, config.deduplicate == "perceptual")
     ]
     cli.start_ray()
-    moved = _dataset(rows).map_batches(MoveIntoPlace(config.output), batch_size=1, batch_format="pyarrow", num_cpus=1)
+    moved = cli.dataset_of(rows).map_batches(MoveIntoPlace(config.output), batch_size=1, batch_format="pyarrow", num_cpus=1)
     _follow(moved, "unique", sum(len(row["verdict"]) for row in rows), 0, tracked)
 
 

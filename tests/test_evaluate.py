@@ -59,7 +59,7 @@ def test_every_setting_is_measured_and_shown(swept):
         assert names <= set(cell["metrics"])
         assert np.isfinite(list(cell["metrics"].values())).all()
         assert len(cell["images"]) == 12
-        assert (output / "cells" / name / "index.html").exists()
+        assert f"pictures/index.html#{name}" in (output / "index.html").read_text()
     assert report["reconstruction"]["psnr"] > 0
     page = (output / "index.html").read_text()
     for name in ("curves.png", "best.png", "worst.png"):
@@ -178,7 +178,7 @@ def test_categories_have_numbers_of_their_own_and_runs_compare(swept, clip_bundl
     assert "steps2-cfg4" in capsys.readouterr().out
 
 
-@pytest.mark.slow  # generation, which it consists of, is killed in tests/test_programs.py
+@pytest.mark.slow  # generation, which it consists of, is killed in tests/test_generate.py
 def test_killed_and_rerun_gives_the_same_numbers(swept, tmp_path):
     config, report, _ = swept
     output = tmp_path / "killed"
@@ -187,7 +187,7 @@ def test_killed_and_rerun_gives_the_same_numbers(swept, tmp_path):
         "--num-images", "12", "--num-reference", "40", "--output", output,
         "--metrics", "cmmd,clip-score", "--steps", "1", "2", "--cfg", "4",
     ]  # fmt: skip
-    killed_when(command, lambda: list((output / "cells/steps2-cfg4").glob("images/*")))
+    killed_when(command, lambda: list((output / "pictures").glob("images/steps2-cfg4-*")))
     assert not (output / "report.json").exists()
     values = {"metrics": ("cmmd,clip-score",), "steps": (1, 2), "cfg": (4.0,), "output": str(output), "inception": None}
     evaluate.run(dataclasses.replace(config, **values))

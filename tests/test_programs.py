@@ -1,8 +1,7 @@
-"""VQGAN training, U-Net training, generation and the demo as a user runs them: whole runs, kills, reruns, bad input."""
+"""VQGAN training, U-Net training and the demo as a user runs them: whole runs, kills, reruns, bad input."""
 
 import dataclasses
 import gzip
-import hashlib
 import json
 import os
 import subprocess
@@ -10,19 +9,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, assert_one_sentence, killed_when, small_config
-from PIL import Image
 
 from paella.bundle import load_bundle
 from paella.config import PRESETS
-from paella.images import to_uint8
 from paella.lora import LoraConfig
 from paella.parallel import ParallelConfig
 from paella.sampler import SamplingConfig
-from pipelines import export, generate, tracking, train
+from pipelines import export, tracking, train
 from pipelines.tokenize_images import TokenizeConfig
 from pipelines.tokenize_images import run as tokenize
 
@@ -127,81 +123,6 @@ def test_finished_training_does_nothing(trained, tokens, vqgan_bundle, capsys):
     assert before == {file: file.stat().st_mtime_ns for file in trained.rglob("*") if file.is_file()}
 
 
-@pytest.fixture(scope="module")
-def pictures(ray_session, model_bundle, tmp_path_factory):
-    root = tmp_path_factory.mktemp("pictures")
-    (root / "prompts.txt").write_text("a red circle\n\n<script>alert(1)</script>\nblue & green\n")
-    config = generate.GenerateConfig(
-        model=str(model_bundle), prompts=str(root / "prompts.txt"), output=str(root / "out"), images_per_prompt=2,
-        seed=5, batch_size=4, sampling=SamplingConfig(num_inference_steps=2),
-    )  # fmt: skip
-    generate.run(config)
-    return config
-
-
-def test_generated_pictures_are_the_librarys(pictures, model_bundle):
-    rows = sorted(pq.read_table(f"{pictures.output}/manifest").to_pylist(), key=lambda row: row["order"])
-    assert [row["seed"] for row in rows] == [5, 6, 7, 8, 9, 10]
-    bundle = load_bundle(str(model_bundle))
-    for row in (rows[0], rows[5]):
-        tokens = bundle.generate_tokens([row["prompt"]], [row["seed"]], sampling=pictures.sampling)
-        image = Image.open(f"{pictures.output}/{row['file']}")
-        assert np.array_equal(np.asarray(image), to_uint8(bundle.decode(tokens))[0])
-        assert image.text["prompt"] == row["prompt"]
-        assert image.text["bundle"] == bundle.digest
-        assert "made by a model" in image.text["generator"]
-
-
-def test_gallery_escapes_prompts(pictures):
-    page = Path(pictures.output, "index.html").read_text()
-    assert "<script>" not in page
-    assert "&lt;script&gt;" in page
-    assert Image.open(f"{pictures.output}/contact_sheet.png").width > 100
-
-
-def test_generation_makes_only_what_is_missing(pictures, capsys):
-    generate.run(pictures)
-    assert "generation is finished" in capsys.readouterr().out
-    manifest = sorted(os.scandir(f"{pictures.output}/manifest"), key=lambda entry: entry.name)
-    lost = pq.read_table(manifest[0].path).to_pylist()
-    os.unlink(manifest[0].path)
-    kept = {entry.name: entry.stat().st_mtime_ns for entry in manifest[1:]}
-    before = {row["id"]: row["sha256"] for row in lost}
-    generate.run(pictures)
-    rows = pq.read_table(f"{pictures.output}/manifest").to_pylist()
-    assert len({row["id"] for row in rows}) == len(rows) == 6
-    assert before.items() <= {row["id"]: row["sha256"] for row in rows}.items()
-    after = {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(f"{pictures.output}/manifest")}
-    assert kept.items() <= after.items()
-
-
-def test_a_missing_gallery_is_written_again(pictures):
-    page = Path(pictures.output, "index.html")
-    before = page.read_text()
-    page.unlink()
-    generate.run(pictures)
-    assert page.read_text() == before
-
-
-def test_generation_killed_and_rerun_completes(model_bundle, tmp_path):
-    (tmp_path / "prompts.txt").write_text("\n".join(f"circle number {i}" for i in range(48)))
-    output = tmp_path / "out"
-    command = [
-        sys.executable, ROOT / "pipelines/generate.py", "--model", model_bundle, "--prompts", tmp_path / "prompts.txt",
-        "--output", output, "--batch-size", "2", "--sampling.num-inference-steps", "20",
-    ]  # fmt: skip
-    killed_when(command, lambda: list(output.glob("manifest/part-*.parquet")))
-    first = {row["id"]: row["sha256"] for row in pq.read_table(output / "manifest").to_pylist()}
-    assert 0 < len(first) < 48
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert finished.returncode == 0, finished.stderr
-    rows = pq.read_table(output / "manifest").to_pylist()
-    assert sorted(row["order"] for row in rows) == list(range(48))
-    assert first.items() <= {row["id"]: row["sha256"] for row in rows}.items()
-    for row in rows:
-        assert hashlib.sha256((output / row["file"]).read_bytes()).hexdigest() == row["sha256"]
-
-
 @pytest.mark.slow
 def test_demo_killed_in_each_stage_completes(tmp_path):
     root = tmp_path / "runs" / "demo"
@@ -222,35 +143,6 @@ def test_demo_killed_in_each_stage_completes(tmp_path):
     assert (root / "index.html").exists()
     again = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr
-
-
-@pytest.mark.parametrize(
-    "name, text, expected",
-    [
-        ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b"}\n', ["a", "b"]),
-        ("p.csv", "id,caption\n1,a\n2,\n", ["a"]),
-        ("p.tsv", "Prompt\tCategory\na b\tX\n", ["a b"]),
-    ],
-)
-def test_prompt_files(tmp_path, name, text, expected):
-    (tmp_path / name).write_text(text)
-    assert generate.read_prompts(str(tmp_path / name)) == expected
-
-
-@pytest.mark.parametrize(
-    "name, text, words",
-    [
-        ("p.doc", "x", "unknown format"),
-        ("p.csv", "a,b\n1,2\n", "no column prompt or caption"),
-        ("p.txt", "\n \n", "no prompts in"),
-        ("missing.txt", None, "there is no file"),
-    ],
-)
-def test_bad_prompt_files(tmp_path, name, text, words):
-    if text is not None:
-        (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=words):
-        generate.read_prompts(str(tmp_path / name))
 
 
 def test_training_refuses_what_does_not_fit(tokens, vqgan_bundle, model_bundle, clip_bundle, tmp_path):
@@ -290,6 +182,4 @@ def test_command_line_errors(program, tmp_path):
     assert "paella-1b" in program("train", "--help").stdout
     process = program("train_vqgan", "tiny", "--data", tmp_path / "none", "--output", tmp_path / "o")
     assert_one_sentence(process, "is not a directory")
-    process = program("generate", "--model", tmp_path / "none", "--prompts", "x.txt", "--output", tmp_path / "o")
-    assert_one_sentence(process, "there is no directory")
     assert not (tmp_path / "o").exists()
