@@ -104,7 +104,7 @@ def generated(config: GenerateConfig, digest: str, missing: Sequence[Unit]) -> r
             initial_size=min(workers, len(missing)),
             max_size=len(missing),
             max_concurrent_calls_per_actor=calls,
-            max_tasks_in_flight_per_actor=calls,
+            max_tasks_in_flight_per_actor=2 * calls,  # those that wait say that more workers are wanted
             enable_true_multi_threading=True,
         ),
         num_cpus=1 if gpus else threads,
