@@ -55,8 +55,7 @@ def run(config: GenerateConfig) -> str:
     if not missing and output.has("job.json") and output.has("index.html"):
         print(f"generation is finished: {config.output}")
         return config.output
-    for place in ("", "/images", f"/{gallery.DIRECTORY}", f"/{manifest.DIRECTORY}"):
-        Output(config.output + place).remove_leftovers()
+    output.remove_leftovers()
     rate = _generate(config, digest, missing, todo) if missing else {}
     _finish(config, digest, output, todo, rate)
     return config.output
@@ -88,7 +87,8 @@ def _generate(config: GenerateConfig, digest: str, missing: Sequence[Unit], todo
 def generated(config: GenerateConfig, digest: str, missing: Sequence[Unit]) -> ray.data.Dataset:
     """A row with counts for each unit that is in place."""
     gpus, cpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
-    threads = min(cpus, config.threads or torch.get_num_threads())
+    wanted, on_one_node = config.threads or torch.get_num_threads(), max(node["Resources"].get("CPU", 0) for node in ray.nodes())
+    threads = min(wanted, int(on_one_node) or wanted)
     workers = max(1, gpus or cpus // threads)
     # enough units under way to fill the batch while the oldest ends, and no more
     calls = 1 + max(1, math.ceil(config.batch_size / config.unit_size))

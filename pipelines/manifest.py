@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from paella.requests import PictureRequest
@@ -122,6 +123,14 @@ def rows(output: Output) -> Iterator[dict[str, Any]]:
     """All rows, in order."""
     for table in read(output, sorted(parts(output))):
         yield from table.to_pylist()
+
+
+def find(output: Output, identity: str) -> dict[str, Any] | None:
+    """The row of a picture."""
+    for table in read(output, sorted(parts(output))):
+        if (found := table.filter(pc.equal(table["id"], identity))).num_rows:
+            return found.to_pylist()[0]
+    return None
 
 
 def made(output: Output) -> list[dict[str, Any]]:

@@ -109,9 +109,9 @@ class Output:
             filesystem.rm_file(f"{root}/{name}")
 
     def remove_leftovers(self) -> None:
-        """Remove what killed writes left beside their place. A store has none."""
+        """Remove what killed writes left beside their places, in directories below too. A store has none."""
         if self.local is not None:
-            for leftover in self.local.glob(".*.tmp"):
+            for leftover in self.local.rglob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
 
     def require_same_config(self, values: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ def reproduce(config: GenerateConfig, identity: str) -> bool:
     Raises ValueError where the manifest has no such picture, or the model is another one.
     """
     output = Output(config.output)
-    row = next((row for row in manifest.rows(output) if row["id"] == identity), None)
+    row = manifest.find(output, identity)
     if row is None:
         raise ValueError(f"{output} has no picture {identity}")
     if row["status"] != "made":

@@ -101,8 +101,7 @@ def _finished(config: TokenizeConfig, output: Output, units: Sequence[Unit]) -> 
 
     Raises ValueError where shards hold samples that the input lists otherwise now: some would be there twice.
     """
-    for place in (output, output / "rejects", output / STAGED, output / STAGED / "rejects"):
-        place.remove_leftovers()
+    output.remove_leftovers()
     there = {name for name in output.names() if name.startswith("part-")}
     finished = {unit.name for unit in units if shard_name(unit.name) in there}
     if len(there) > len(finished):
