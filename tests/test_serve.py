@@ -22,10 +22,14 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from paella import edits
+from paella import edits, requests
 from paella.bundle import load_bundle
 from paella.images import to_uint8
 from paella.sampler import SamplingConfig, sample
+from pipelines import prompts
+from pipelines.generate_config import GenerateConfig
+from pipelines.picture_jobs import Jobs, units
+from pipelines.picture_stages import GeneratePictures
 
 
 @contextlib.contextmanager
@@ -116,6 +120,29 @@ def test_pictures_are_the_librarys(client, bundle):
     text = Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))).text
     assert (text["prompt"], text["seed"], text["bundle"]) == ("a red circle", "7", bundle.digest)
     assert "made by a model" in text["generator"]
+
+
+def test_a_job_and_the_library_give_the_same_file(client, clip_bundle, bundle, tmp_path):
+    """The same requests to the server and as lines of a Batch file: the same bytes, and those that the library writes."""
+    image, mask = (f"data:image/png;base64,{base64.b64encode(data).decode()}" for data in (png(), half_mask()))
+    settings = {"seed": 7, "num_inference_steps": 2, "guidance_scale": 3.0, "negative_prompt": "blue"}
+    bodies = [
+        ("generations", {"prompt": "a red circle", "size": "64x32", **settings}),
+        ("edits", {"prompt": "a red circle", "image": image, "mask": mask, **settings}),
+    ]
+    answers = [client.post(f"/images/{path}", cast_to=dict, body=body) for path, body in bodies]
+    files = [base64.b64decode(answer["data"][0]["b64_json"]) for answer in answers]
+    lines = [{"custom_id": path, "method": "POST", "url": f"/v1/images/{path}", "body": body} for path, body in bodies]
+    (tmp_path / "batch.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = GenerateConfig(model=str(clip_bundle), prompts=str(tmp_path / "batch.jsonl"), output=str(tmp_path / "out"))
+    jobs = Jobs(prompts.read(str(config.prompts)), config.job_settings(bundle.digest))
+    rows = [row for unit in units(jobs, 8, set()) for row in GeneratePictures(config, bundle.digest).make(unit)]
+    assert [(tmp_path / "out" / row["file"]).read_bytes() for row in rows] == files
+    sampling = SamplingConfig(num_inference_steps=2, cfg=(3.0,), temperature=(1.0, 0.3))
+    request = requests.PictureRequest(prompt="a red circle", size="64x32", negative_prompt="blue", sampling=sampling)
+    planned = requests.plan(bundle, request)
+    picture = bundle.decode(sample(bundle.unet, [planned.canvas(bundle, seed=7)]))[0]
+    assert planned.file(bundle, picture, seed=7) == files[0]
 
 
 def test_the_same_seed_is_the_same_picture_in_any_company(client):
