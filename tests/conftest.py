@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import pickle
 import runpy
 import signal
 import socket
@@ -209,6 +210,28 @@ def program(monkeypatch, capfd):
         return subprocess.CompletedProcess(command, code, *capfd.readouterr())
 
     return run
+
+
+@pytest.fixture
+def without_ray(monkeypatch):
+    """A generating job's worker in this process, for tests of something else than how Ray runs it."""
+    import pyarrow as pa
+
+    from pipelines import generate
+    from pipelines.picture_stages import GeneratePictures
+
+    class Rows(list):
+        def iter_rows(self):
+            return iter(self)
+
+    def generated(config, digest, missing):
+        stage = GeneratePictures(config, digest)
+        tables = [stage(pa.table({"unit": [pickle.dumps(unit)]})) for unit in missing]
+        stage.loop.close()
+        return Rows(table.to_pylist()[0] for table in tables)
+
+    monkeypatch.setattr(generate, "generated", generated)
+    monkeypatch.setattr(cli, "start_ray", lambda: None)
 
 
 def killed_when(command: list, happened: Callable[[], object], timeout_s: float = 200) -> None:

@@ -162,7 +162,7 @@ def _all(images: features.ImageSet):
         yield from images.read(chunk)
 
 
-def test_categories_have_numbers_of_their_own_and_runs_compare(swept, clip_bundle, tmp_path, capsys):
+def test_categories_have_numbers_of_their_own_and_runs_compare(without_ray, swept, clip_bundle, tmp_path, capsys):
     table = pd.DataFrame({"Prompt": ["a red circle", "two squares", "blue"], "Category": ["Shapes", "Shapes", "Colours"]})
     table.to_csv(tmp_path / "parti.tsv", sep="\t", index=False)
     config = EvaluateConfig(
