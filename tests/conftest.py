@@ -212,8 +212,8 @@ def program(monkeypatch, capfd):
     return run
 
 
-@pytest.fixture
-def without_ray(monkeypatch):
+@contextlib.contextmanager
+def worker_here() -> Iterator[None]:
     """A generating job's worker in this process, for tests of something else than how Ray runs it."""
     import pyarrow as pa
 
@@ -230,8 +230,16 @@ def without_ray(monkeypatch):
         stage.loop.close()
         return Rows(table.to_pylist()[0] for table in tables)
 
-    monkeypatch.setattr(generate, "generated", generated)
-    monkeypatch.setattr(cli, "start_ray", lambda: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "generated", generated)
+        patch.setattr(cli, "start_ray", lambda: None)
+        yield
+
+
+@pytest.fixture
+def without_ray():
+    with worker_here():
+        yield
 
 
 def killed_when(command: list, happened: Callable[[], object], timeout_s: float = 200) -> None:

@@ -6,18 +6,18 @@ import hashlib
 import io
 import json
 import random
+import subprocess
 import sys
 import tarfile
 import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, assert_one_sentence, killed_when
+from conftest import ROOT, assert_one_sentence, killed_when, worker_here
 from PIL import Image
-from tokenizing import family, kill, kill_all, named
+from tokenizing import family, kill, kill_all, named, wait_until
 
 from paella import edits, requests
 from paella.bundle import load_bundle
@@ -372,51 +372,54 @@ def assert_whole(output: Path, rows: list[dict]) -> None:
     assert not list(output.rglob(".*"))
 
 
+@pytest.fixture(scope="module")
+def long_job(model_bundle, tmp_path_factory) -> tuple[Path, list[dict]]:
+    """60 prompts, and the manifest of an undisturbed run."""
+    root = tmp_path_factory.mktemp("long")
+    (root / "prompts.txt").write_text("\n".join(f"circle number {i}" for i in range(60)))
+    settings = {"unit_size": 4, "batch_size": 4, "sampling": SamplingConfig(num_inference_steps=20)}
+    with worker_here():
+        generate.run(small(model_bundle, root / "prompts.txt", root / "out", **settings))
+    return root / "prompts.txt", settled(manifest.rows(Output(str(root / "out"))))
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(5400)
-def test_ten_random_instants(ray_session, model_bundle, tmp_path):
-    """The driver, everything, or an actor is killed; the same command then ends with the same manifest and pictures."""
-    seed = random.randrange(2**32)
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("number", range(10))
+def test_killed_at_a_random_instant(long_job, model_bundle, tmp_path, number):
+    """The driver, everything, or a worker is killed; the same command then ends with the same manifest and pictures."""
+    (prompts, undisturbed), output = long_job, tmp_path / "out"
+    seed, kind = random.randrange(2**32), ("driver", "everything", "actor")[number % 3]
     rng = random.Random(seed)
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n".join(f"circle number {i}" for i in range(60)))
-    began = time.monotonic()
-    undisturbed = run_killed(arguments(model_bundle, prompts, tmp_path / "undisturbed", 20), tmp_path / "undisturbed", "", 0)
-    takes_s = time.monotonic() - began
-    for number in range(10):
-        output, kind = tmp_path / str(number), ("driver", "everything", "actor")[number % 3]
-        instant = rng.uniform(0.2, 0.95) * takes_s
-        print(f"seed {seed}, number {number}: {kind} after {instant:.2f} of {takes_s:.1f} s", flush=True)
-        command = arguments(model_bundle, prompts, output, 20)
-        run_killed(command, output, kind, instant)
-        assert run_killed(command, output, "", 0) == undisturbed
-
-
-def run_killed(arguments: list[str], output: Path, kind: str, instant: float) -> list[dict]:
-    """Run the program, kill a part of it after so many seconds, and read what is there; without a kind it has to end well."""
-    from subprocess import PIPE, Popen
-
-    process = Popen([sys.executable, ROOT / "pipelines/generate.py", *arguments], stdout=PIPE, stderr=PIPE, text=True,
-                    start_new_session=True)  # fmt: skip
-    began = time.monotonic()
-    while kind and time.monotonic() - began < instant and process.poll() is None:
-        time.sleep(0.01)
-    relatives: list[psutil.Process] = family(process.pid)
-    if kind == "actor":
-        kill(named(relatives, "ray::MapWorker", "GeneratePictures")[:1])
-    elif kind == "driver":
-        process.kill()
-    elif kind == "everything":
+    parts, delay_s = rng.randrange(14), rng.uniform(0, 0.5)
+    print(f"seed {seed}: {kind} {delay_s:.2f} s after part {parts}", flush=True)
+    process = started(arguments(model_bundle, prompts, output, 20))
+    wait_until(lambda: output.exists() and len(list(output.glob("manifest/part-*.parquet"))) >= parts, process)
+    time.sleep(delay_s)
+    relatives = family(process.pid)
+    if kind == "everything":
         kill_all(process)
-        return []
-    out, err = process.communicate(timeout=900)
-    if kind == "driver":
-        return []  # and the rerun begins while what it left behind may still write
+    elif kind == "driver":  # and the rerun begins while what it left behind may still write
+        process.kill()
+        process.communicate()
+    else:
+        victims = named(relatives, "ray::MapWorker")
+        kill(victims[:1])
+    if kind != "actor":
+        process = started(arguments(model_bundle, prompts, output, 20))
+    out, err = process.communicate(timeout=600)
     kill(relatives)
     assert process.returncode == 0, (out, err)
     rows = list(manifest.rows(Output(str(output))))
+    assert settled(rows) == undisturbed
     assert_whole(output, rows)
-    return settled(rows)
+
+
+def started(arguments: list[str]) -> subprocess.Popen:
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(
+        [sys.executable, ROOT / "pipelines/generate.py", *arguments], text=True, start_new_session=True, **pipes
+    )
 
 
 def test_bad_flags_stop_before_anything_starts(program, model_bundle, vqgan_bundle, tmp_path):
