@@ -178,7 +178,7 @@ def test_categories_have_numbers_of_their_own_and_runs_compare(without_ray, swep
     assert "steps2-cfg4" in capsys.readouterr().out
 
 
-@pytest.mark.slow  # generation, which it consists of, is killed in tests/test_generate.py
+@pytest.mark.slow  # generation, which it consists of, is killed in tests/test_generate_kills.py
 def test_killed_and_rerun_gives_the_same_numbers(swept, tmp_path):
     config, report, _ = swept
     output = tmp_path / "killed"
