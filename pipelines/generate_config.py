@@ -14,7 +14,7 @@ from pipelines import cli
 from pipelines.picture_jobs import JobSettings, parse, request_of
 from pipelines.source_files import is_remote, join
 
-FREE = ("model", "prompts", "output", "batch_size", "reproduce", "threads")
+FREE = ("model", "prompts", "output", "batch_size", "reproduce")
 """Settings that do not decide what the output holds, or do so by what they name."""
 
 EXAMPLES: dict[str, dict[str, Any]] = {
@@ -120,7 +120,7 @@ class GenerateConfig:
         """Where an image lies that a row names: beside the file of prompts, where it is a relative path."""
         if is_remote(name) or name.startswith(("/", "data:")) or self.prompts is None:
             return name
-        return join(self.prompts.rpartition("/")[0], name)
+        return join(self.prompts.rpartition("/")[0] or "/", name)
 
     def binding(self, digest: str, prompts_digest: str) -> dict[str, Any]:
         """What the output follows from: settings, and the model and the prompts by their contents."""

@@ -49,12 +49,17 @@ class Output:
             raise ValueError(f"the output {self.uri} cannot be written: {first_line(error)}") from error
 
     def names(self) -> set[str]:
-        """The files that lie directly in the directory, from one listing. Leftovers of killed writes are not among them."""
-        filesystem, root = self._store()
+        """The files that lie directly in the directory, from one listing. Leftovers of killed writes are not among them.
+
+        Raises ValueError where a store does not say.
+        """
         try:
+            filesystem, root = self._store()
             found = filesystem.ls(root, detail=True)
         except FileNotFoundError:
             return set()
+        except Exception as error:  # each store has exceptions of its own: no credentials, no such host, …
+            raise ValueError(f"{self.uri} cannot be read: {first_line(error)}") from error
         names = {entry["name"].rsplit("/", 1)[-1] for entry in found if entry["type"] == "file"}
         return {name for name in names if name and not name.startswith(".")}  # stores mark directories by nameless files
 

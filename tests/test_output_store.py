@@ -54,4 +54,6 @@ def test_what_cannot_be_written_is_said(tmp_path, bucket, monkeypatch):
         for uri in (str(tmp_path / "file"), f"{bucket}/tokens"):
             with pytest.raises(ValueError, match=f"the output {uri} cannot be written: "):
                 Output(uri).require_writable()
+        with pytest.raises(ValueError, match=f"{bucket}/tokens cannot be read: "):
+            Output(f"{bucket}/tokens").names()
     s3fs.S3FileSystem.clear_instance_cache()
