@@ -216,7 +216,7 @@ class WorkerMemory:
         return sum(vars(self).values())
 
 
-PROCESS_BYTES = {"cpu": 0.9e9, "cuda": 3e9}
+PROCESS_BYTES = {"cpu": 1.3e9, "cuda": 3e9}
 """Of a worker before it has a model. On a CPU as measured (benchmarks/plan.py), on a GPU assumed."""
 
 

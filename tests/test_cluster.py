@@ -170,6 +170,7 @@ def test_clusters(rendered, overlay):
             assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"], (name, group["groupName"])
         assert sum(group["minReplicas"] for group in spec["workerGroupSpecs"]) > 0, f"{name}: programs see what is there at first"
         assert ("gcsFaultToleranceOptions" in spec) == name.startswith("RayService")
+    assert pick(rendered[overlay], "RayService")["metadata"]["name"] != pick(rendered[overlay], "RayCluster")["metadata"]["name"]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

@@ -4,7 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT, assert_one_sentence, small_config
+from test_cluster import CLUSTER, parsed
 
 from paella import memory
 from paella.config import PRESETS
@@ -90,6 +92,23 @@ def test_the_readme_has_these_tables():
     first, last = plan_tables.MARKS
     text = (ROOT / "cluster" / "README.md").read_text()
     assert text.split(first)[1].split(last)[0].strip() == plan_tables.tables()
+
+
+@pytest.mark.parametrize("overlay", ["a100-node", "a100-16x8"])
+def test_what_the_manifests_train_fits(overlay):
+    """By the same arithmetic, in the 80 GB of their GPUs."""
+    patches = yaml.safe_load((CLUSTER / "overlays" / overlay / "kustomization.yaml").read_text())["patches"]
+    (patch,) = (patch["patch"] for patch in patches if patch["target"].get("name") == "train")
+    config = parsed(yaml.safe_load(patch)[0]["value"])
+    used = memory.worker_memory(
+        config.model,
+        config.global_batch_size // config.num_workers // config.parallel.accumulate,
+        torch.bfloat16,
+        num_shards=config.parallel.shard_group_size or config.num_workers,
+        parallel=config.parallel,
+        device="cuda",
+    )
+    assert 20e9 < used.total < plan.HEADROOM * 80e9
 
 
 @pytest.mark.parametrize(
