@@ -70,13 +70,13 @@ def _name(job: Job) -> str:
 
 
 def _tar(made: Made) -> bytes:
-    """A picture, its prompt (.txt) and its row of the manifest (.json), by id; without the dots that would end a key."""
+    """A picture, its prompt (.txt) and its row of the manifest (.json), by name."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for job, row, data in made:
-            key, suffix = job.name.replace(".", "_"), _name(job).rsplit(".", 1)[1]
+            suffix = _name(job).rsplit(".", 1)[1]
             for kind, content in ((suffix, data), ("txt", row["prompt"].encode()), ("json", json.dumps(row).encode())):
-                entry = tarfile.TarInfo(f"{key}.{kind}")
+                entry = tarfile.TarInfo(f"{job.name}.{kind}")
                 entry.size = len(content)
                 tar.addfile(entry, io.BytesIO(content))
     return buffer.getvalue()

@@ -46,8 +46,8 @@ COLUMNS = (*TEXTS, *INTEGERS, *NUMBERS, *LISTS, "images")
 SAMPLER = {each.name for each in dataclasses.fields(SamplingConfig)}
 REQUEST = {each.name for each in dataclasses.fields(PictureRequest)} - {"sampling"}
 MAX_N = 10_000
-SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-"""Ids that are names of files."""
+SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,127}")
+"""Ids that are names of files; no dots, which would end a key in a tar."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,11 +186,9 @@ class Jobs:
         self.rows_digest = hashlib.sha256()
         self.seen: dict[int, int] = {}  # digests of contents by digests of ids
         self.order = 0
-        self.num_rows = 0
 
     def __iter__(self) -> Iterator[Job]:
         for row in self.rows:
-            self.num_rows += 1
             self.rows_digest.update(json.dumps([row.values, row.error], sort_keys=True, default=str).encode())
             for job, content in self._of_row(row):
                 self.order += 1

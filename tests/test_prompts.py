@@ -74,8 +74,8 @@ def test_ids_follow_from_what_decides_a_picture():
 
 
 def test_given_ids_name_files_where_they_can():
-    first, second, third = jobs({"prompt": "a", "id": "good-name_1.x"}, {"prompt": "b", "id": "../up"}, {"prompt": "c", "id": 5})
-    assert (first.id, first.name) == ("good-name_1.x", "good-name_1.x")
+    first, second, third = jobs({"prompt": "a", "id": "good-name_1"}, {"prompt": "b", "id": "../up"}, {"prompt": "c", "id": 5})
+    assert (first.id, first.name) == ("good-name_1", "good-name_1")
     assert second.id == "../up" and "/" not in second.name
     assert third.id == "5"
 
