@@ -20,6 +20,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import ray
+import sqlalchemy
 import yaml
 from conftest import ROOT
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -315,6 +316,14 @@ def test_dashboards_and_alerts():
     for group in pick(monitors, "PrometheusRule")["spec"]["groups"]:
         for rule in group["rules"]:
             assert set(rule) <= {"alert", "expr", "for", "labels", "annotations"} and rule["annotations"]["summary"]
+
+
+def test_mlflow_has_the_driver_of_its_database(rendered):
+    arguments = pick(rendered["cpu"], "Deployment")["spec"]["template"]["spec"]["containers"][0]["args"]
+    (uri,) = (argument.split("=", 1)[1] for argument in arguments if argument.startswith("--backend-store-uri"))
+    assert (
+        sqlalchemy.create_engine(uri.replace("$(POSTGRES_PASSWORD)", "secret")).dialect.name == "postgresql"
+    )  # or it cannot import
 
 
 def test_storage_policy_allows_what_the_manifests_name():
