@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import scipy.fft
 import torch
 import torch.nn.functional as F
 
@@ -33,6 +32,8 @@ def perceptual_hash(image: np.ndarray) -> int:
 
     Zauner 2010 (pHash). Copies that are scaled or compressed again mostly have the same bits; see benchmarks/results.
     """
+    import scipy.fft  # takes half a second, and few jobs need it
+
     pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
     small = F.interpolate(pixels, size=(32, 32), mode="bilinear", antialias=True)[0].float()
     grey = torch.tensor([0.299, 0.587, 0.114]) @ small.reshape(3, -1)

@@ -1,6 +1,7 @@
 """MLflow: one run per training run, continued over restarts; the bundle logged and registered as a model.
 
 `MLFLOW_TRACKING_URI` is honoured. Without it, runs go to an sqlite file and an artifact folder beside the outputs.
+MLflow takes two seconds to import: only who logs does so, not every worker.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import mlflow
-from matplotlib.figure import Figure
-from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
 from PIL import Image
 
 from pipelines import cli
 from pipelines.output_store import Output
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from mlflow import MlflowClient
 
 EXPERIMENT = "paella"
 RECORD = "mlflow_run.json"
@@ -34,6 +35,8 @@ class Run:
     run_id: str
 
     def client(self) -> MlflowClient:
+        from mlflow import MlflowClient
+
         return MlflowClient(self.tracking_uri)
 
 
@@ -44,6 +47,9 @@ def open_run(output: Path | Output, name: str, config: dict[str, Any]) -> Run:
         run = Run(**json.loads(record))
         run.client().update_run(run.run_id, status="RUNNING")
         return run
+    from mlflow import MlflowClient
+    from mlflow.entities import Param
+
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_beside(output)}/mlflow.db"
     client = MlflowClient(uri)
     created = client.create_run(_experiment(client, uri), run_name=name)
@@ -71,6 +77,8 @@ def _experiment(client: MlflowClient, uri: str) -> str:
 
 
 def log_metrics(run: Run, metrics: Mapping[str, float], step: int) -> None:
+    from mlflow.entities import Metric
+
     now = int(time.time() * 1000)
     run.client().log_batch(run.run_id, metrics=[Metric(key, value, now, step) for key, value in metrics.items()])
 
@@ -139,6 +147,8 @@ def metrics_at(run: Run, step: int) -> dict[str, float]:
 
 def register(run: Run, bundle: Path, name: str, alias: str) -> str:
     """Log a bundle and register it as a model; returns the model's URI by its alias."""
+    import mlflow
+
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     mlflow.set_tracking_uri(run.tracking_uri)
     status = run.client().get_run(run.run_id).info.status
