@@ -116,21 +116,9 @@ class TextToTokens(nn.Module):
             loaded = TextEncoders.load(text, device=device, dtype=text_dtype).requires_grad_(False)
             object.__setattr__(self, "text", loaded)  # past nn.Module's registry
 
-    def forward(
-        self,
-        tokens: Tensor,
-        t: Tensor,
-        ids: Tensor,
-        mask: Tensor,
-        keep: Keep,
-        clip: Tensor | None = None,
-        clip_image: Tensor | None = None,
-    ) -> Tensor:
-        """Logits (B,K,H,W) of tokens (B,H,W) at t (B,); ids and mask (B,S), clip and clip_image (B,D).
-
-        What is not kept is zeros (text) or not attended to (image embeddings), as in sampling without it.
-        """
-        return self.unet.out_mapper(self._features(tokens, t, ids, mask, keep, clip, clip_image))
+    def forward(self, *inputs: Any) -> Tensor:
+        """Logits (B,K,H,W) of the inputs of `_features`."""
+        return self.unet.out_mapper(self._features(*inputs))
 
     def losses(self, targets: Tensor, *inputs: Any, label_smoothing: float, chunk: int | None = None) -> tuple[Tensor, Tensor]:
         """What `forward` of the same inputs loses on targets (B,H,W): the cross-entropy of each token, (B·H·W,) float32, and
@@ -160,6 +148,10 @@ class TextToTokens(nn.Module):
         clip: Tensor | None = None,
         clip_image: Tensor | None = None,
     ) -> Tensor:
+        """Features (B,C,H,W) of tokens (B,H,W) at t (B,); ids and mask (B,S), clip and clip_image (B,D).
+
+        What is not kept is zeros (text) or not attended to (image embeddings), as in sampling without it.
+        """
         states = self.text.states(ids, mask) * keep.caption[:, None, None]
         if clip is not None and clip_image is not None:
             number = self.config.clip_seq_len

@@ -71,7 +71,6 @@ class TokenizeConfig:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed: an integer of at least 1")
         if self.clip is not None and not (self.clip_image or self.clip_text):
             raise ValueError(f"clip={self.clip} is not allowed without clip_image or clip_text: there is nothing to embed")
-
         for ratio in self.aspect_ratios:
             if not re.fullmatch(r"[1-9]\d{0,3}:[1-9]\d{0,3}", ratio):
                 raise ValueError(f"aspect_ratios={ratio} is not allowed: width:height, as in 3:2")
