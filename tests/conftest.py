@@ -16,6 +16,11 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# Torch's threads spin while they wait for each other: 8 ms for every operation where another process has their CPU.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # encoders that do not exist are asked for there five times over
+
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -23,12 +28,15 @@ import torch
 from paella.bundle import save_bundle, save_vqgan
 from paella.conditioning import TextEncoders
 from paella.config import PRESETS, ModelConfig, VQConfig
+from paella.images import to_tensor
 from paella.unet import Paella
 from paella.vqgan import VQModel
 from pipelines import cli, img2dataset_layout, scenes, train_clip
 
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # how soon the end of a run is seen
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process more for each run; no test has nodes that go
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL_VQ = VQConfig(bottleneck_blocks=1, c_hidden=16, codebook_size=32)
@@ -61,6 +69,14 @@ def ray_session():
     ray.shutdown()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def mlflow_runs(tmp_path_factory) -> Iterator[None]:
+    """One database for all runs: to make one takes MLflow seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db")
+        yield
+
+
 @pytest.fixture(scope="session")
 def scene_shards(tmp_path_factory) -> Path:
     """96 captioned scenes in webdataset shards of 32."""
@@ -70,9 +86,14 @@ def scene_shards(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def vqgan_bundle(tmp_path_factory) -> Path:
+    """A VQGAN with random weights whose codes all occur: with the initial codebook near 0, one would be nearest to everything."""
     torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("vqgan") / "bundle"
-    save_vqgan(path, VQModel(SMALL_VQ))
+    path, model = tmp_path_factory.mktemp("vqgan") / "bundle", VQModel(SMALL_VQ).eval()
+    with torch.inference_mode():
+        images = np.stack([image for _, image in scenes.scenes(16, seed=9, held_out=False)])
+        latents = model.encode_latents(to_tensor(images)).permute(0, 2, 3, 1).reshape(-1, 4)
+        model.vquantizer.codebook.weight.copy_(latents[torch.randperm(len(latents))[:32]])
+    save_vqgan(path, model)
     return path
 
 

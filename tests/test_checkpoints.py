@@ -1,15 +1,12 @@
 """Checkpoints of two workers: whole or not at all, the newest intact one found, on disks that fill up and in object stores."""
 
-import multiprocessing
 import os
 import resource
-import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from process_groups import said, start_group
 from torch import nn
 
 from paella.checkpoint import TrainingState
@@ -18,28 +15,6 @@ from paella.parallel import full_state_dict, shard
 from pipelines.checkpoints import Checkpoints
 from pipelines.recovery import Guard, RecoveryConfig, Vote
 from pipelines.watchdog import EXIT_CODE, Watchdog
-
-
-def spawn(function, num_workers: int, *arguments: object, join: bool = True):
-    """Workers, each forked from a process that has imported what they need."""
-    multiprocessing.set_forkserver_preload(["pipelines.checkpoints", "pipelines.recovery", "pipelines.watchdog"])
-    given = (function, num_workers, dict(os.environ), *arguments)
-    return mp.start_processes(_start, given, nprocs=num_workers, join=join, start_method="forkserver")
-
-
-def _start(rank: int, function, num_workers: int, environment: dict[str, str], root: str, *arguments: object) -> None:
-    os.environ.update(environment)  # the bucket's, which is younger than the process that forked this one
-    sys.stdout = sys.stderr = Path(root, f"said-{rank}").open("a")  # noqa: SIM115 (the server’s own were the first test’s)
-    torch.set_num_threads(1)
-    file = f"{root}/store-{function.__name__}-{num_workers}"
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=num_workers)
-    function(rank, Path(root), *arguments)
-    dist.destroy_process_group()
-
-
-def said(root: Path) -> str:
-    """What the workers have printed."""
-    return "".join(file.read_text() for file in root.glob("said-*"))
 
 
 def make(value: float) -> tuple[nn.Module, TrainingState]:
@@ -55,7 +30,7 @@ def value_of(model: nn.Module) -> float:
     return full_state_dict(model).get("weight", torch.zeros(1)).flatten()[0].item()
 
 
-def _save_and_damage(rank: int, root: Path, uri: str) -> None:
+def _save_and_damage(rank: int, uri: str) -> None:
     store = Checkpoints(uri, keep=2)
     assert store.load(make(0.0)[1]) is None
     for step in (10, 20, 30, 40):
@@ -85,28 +60,28 @@ def _save_and_damage(rank: int, root: Path, uri: str) -> None:
     assert store.load(state)["step"] == 10
 
 
-def _load_alone(rank: int, root: Path, uri: str) -> None:
+def _load_alone(rank: int, uri: str) -> None:
     model, state = make(0.0)
     assert Checkpoints(uri, keep=2).load(state)["step"] == 10
     assert value_of(model) == 10
 
 
 def test_the_newest_intact_checkpoint_is_found_again_on_any_number_of_workers(tmp_path):
-    spawn(_save_and_damage, 2, str(tmp_path), str(tmp_path / "checkpoints"))
+    start_group(_save_and_damage, 2, tmp_path, str(tmp_path / "checkpoints"))
     assert "the checkpoint of step 40 is damaged (__1_0.distcp is not what was written); falling back" in said(tmp_path)
     assert "the checkpoint of step 40 is damaged (its manifest.json cannot be read)" in said(tmp_path)
     assert "the checkpoint of step 30 is damaged (.metadata is missing)" in said(tmp_path)
-    spawn(_load_alone, 1, str(tmp_path), str(tmp_path / "checkpoints"))
+    start_group(_load_alone, 1, tmp_path, str(tmp_path / "checkpoints"))
 
 
 def test_checkpoints_in_an_object_store(tmp_path, bucket):
-    spawn(_save_and_damage, 2, str(tmp_path), f"{bucket}/run/checkpoints")
+    start_group(_save_and_damage, 2, tmp_path, f"{bucket}/run/checkpoints")
     assert "is not what was written" in said(tmp_path)
-    spawn(_load_alone, 1, str(tmp_path), f"{bucket}/run/checkpoints")
+    start_group(_load_alone, 1, tmp_path, f"{bucket}/run/checkpoints")
 
 
-def _fill_the_disk(rank: int, root: Path) -> None:
-    store = Checkpoints(str(root / "checkpoints"), keep=1)
+def _fill_the_disk(rank: int, uri: str) -> None:
+    store = Checkpoints(uri, keep=1)
     state = make(10.0)[1]
     store.save(state, 10, {})
     store.wait()
@@ -123,12 +98,12 @@ def _fill_the_disk(rank: int, root: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_training_goes_on(tmp_path):
-    spawn(_fill_the_disk, 2, str(tmp_path))
+    start_group(_fill_the_disk, 2, tmp_path, str(tmp_path / "checkpoints"))
     assert "the checkpoint of step 20 could not be written (rank 1: " in said(tmp_path)
     assert "that of step 10 is intact; training goes on" in said(tmp_path)
 
 
-def _vote_and_guard(rank: int, root: Path) -> None:
+def _vote_and_guard(rank: int) -> None:
     vote = Vote()
     assert [vote(2 * (rank == 1 and step == 2)) for step in range(5)] == [0, 0, 0, 2, 0]
     assert vote.finish() == 0
@@ -148,11 +123,11 @@ def _vote_and_guard(rank: int, root: Path) -> None:
 
 
 def test_workers_agree_on_what_to_do_and_on_what_is_a_bad_step(tmp_path):
-    spawn(_vote_and_guard, 2, str(tmp_path))
+    start_group(_vote_and_guard, 2, tmp_path)
     assert "WARNING: the loss has jumped to 3.1, from a median of 1: skip" in said(tmp_path)
 
 
-def _get_stuck(rank: int, root: Path) -> None:
+def _get_stuck(rank: int) -> None:
     dog = Watchdog(stuck_after_s=3, every_s=0.2)
     dog.at(8, "training")
     dist.barrier()
@@ -163,7 +138,7 @@ def _get_stuck(rank: int, root: Path) -> None:
 
 
 def test_a_stuck_worker_is_named(tmp_path):
-    context = spawn(_get_stuck, 2, str(tmp_path), join=False)
+    context = start_group(_get_stuck, 2, tmp_path, join=False)
     deadline = time.monotonic() + 60
     while any(process.is_alive() for process in context.processes) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from process_groups import start_group
 from torch.distributed.fsdp import fully_shard
 
 from paella.muon import Muon, orthogonalize
@@ -35,15 +34,13 @@ def test_steps_equal_torchs():
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
 
 
-def _worker(rank, store, expected):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    for a, b in zip(train(ours, fully_shard), expected, strict=True):
+def _on_shards(rank):
+    for a, b in zip(train(ours, fully_shard), train(ours), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
-    dist.destroy_process_group()
 
 
 def test_shards_step_as_the_whole(tmp_path):
-    mp.spawn(_worker, (tmp_path / "store", train(ours)), nprocs=2)
+    start_group(_on_shards, 2, tmp_path)
 
 
 def test_orthogonalize_and_bad_input():

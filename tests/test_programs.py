@@ -3,15 +3,16 @@
 import dataclasses
 import gzip
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, assert_one_sentence, killed_when, small_config
+from process_groups import without_a_cluster
 
 from paella.bundle import load_bundle
 from paella.config import PRESETS
@@ -40,13 +41,15 @@ def small_training(tokens, vqgan_bundle, output, **changes) -> train.TrainConfig
 
 @pytest.fixture(scope="module")
 def trained(tokens, vqgan_bundle, tmp_path_factory):
-    """A finished run of 12 steps on two workers, some of which were recorded."""
+    """A finished run of 12 steps on two workers, some of which were recorded; its MLflow has the default place."""
     output = tmp_path_factory.mktemp("train") / "run"
-    train.run(small_training(tokens, vqgan_bundle, output, profile="7:9"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI")
+        train.run(small_training(tokens, vqgan_bundle, output, profile="7:9"))
     return output
 
 
-def test_training_leaves_a_bundle_samples_and_one_mlflow_run(trained):
+def test_training_leaves_a_bundle_samples_and_one_mlflow_run(trained, monkeypatch):
     bundle = load_bundle(str(trained / "model"))
     assert bundle.config.unet == small_config().unet
     assert sorted(file.name for file in (trained / "samples").iterdir()) == ["step-0000006.png", "step-0000012.png"]
@@ -76,14 +79,9 @@ def test_training_leaves_a_bundle_samples_and_one_mlflow_run(trained):
         assert words in card
     assert any(name.startswith("loss_t_") for name in info.data.metrics)
     uri = (trained / "registered_model.txt").read_text().strip()
-    os.environ["MLFLOW_TRACKING_URI"] = run.tracking_uri
-    try:
-        import mlflow
-
-        mlflow.set_tracking_uri(run.tracking_uri)
-        assert load_bundle(uri).digest == bundle.digest
-    finally:
-        del os.environ["MLFLOW_TRACKING_URI"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", run.tracking_uri)
+    mlflow.set_tracking_uri(run.tracking_uri)
+    assert load_bundle(uri).digest == bundle.digest
 
 
 def test_fine_tuning_with_lora_and_exporting_a_checkpoint_of_it(trained, tokens, vqgan_bundle, tmp_path):
@@ -91,7 +89,8 @@ def test_fine_tuning_with_lora_and_exporting_a_checkpoint_of_it(trained, tokens,
     changes = {"init": str(trained / "model"), "lora": LoraConfig(rank=2), "parallel": ParallelConfig(accumulate=2)}
     short = {"steps": 4, "checkpoint_every": 2, "sample_every": 0, "validate_every": 0}
     output = tmp_path / "tuned"
-    train.run(small_training(tokens, vqgan_bundle, output, **changes, **short))
+    with without_a_cluster(train):
+        train.run(small_training(tokens, vqgan_bundle, output, **changes, **short))
     export.run(export.ExportConfig(run=str(output), output=str(tmp_path / "exported"), step=2, register_as="tuned", alias="two"))
     start, half, end = (load_bundle(str(path)) for path in (trained / "model", tmp_path / "exported", output / "model"))
     states = [bundle.unet.state_dict() for bundle in (start, half, end)]

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, assert_one_sentence, checkpointed, killed_when
+from process_groups import without_a_cluster
 from safetensors.torch import load_file
 
 from paella.conditioning import load_clip
@@ -26,9 +27,10 @@ def small(data: Path, output: Path, **changes) -> train_clip.TrainClipConfig:
 
 
 @pytest.fixture(scope="module")
-def trained(ray_session, scene_shards, tmp_path_factory) -> Path:
+def trained(scene_shards, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("clip") / "run"
-    train_clip.run(small(scene_shards, output, steps=120))
+    with without_a_cluster(train_clip):
+        train_clip.run(small(scene_shards, output, steps=120))
     return output
 
 

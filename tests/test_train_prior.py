@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, assert_one_sentence, checkpointed, killed_when, small_config
+from process_groups import without_a_cluster
 
 from paella.bundle import load_bundle, save_bundle
 from paella.conditioning import TextEncoders
@@ -66,10 +67,11 @@ def config(dataset: Path, output: Path) -> train_prior.TrainPriorConfig:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_session, dataset, tmp_path_factory) -> Path:
+def undisturbed(dataset, tmp_path_factory) -> Path:
     """A finished run."""
     output = tmp_path_factory.mktemp("prior") / "run"
-    train_prior.run(config(dataset, output))
+    with without_a_cluster(train_prior):
+        train_prior.run(config(dataset, output))
     return output
 
 
@@ -131,7 +133,7 @@ def test_finished_training_does_nothing(undisturbed, dataset, capsys):
 
 
 @pytest.mark.slow  # the loop it shares with `train` is killed in tests of that
-def test_killed_and_rerun_to_the_same_weights(undisturbed, dataset, tmp_path):
+def test_killed_and_rerun_to_the_same_weights(ray_session, undisturbed, dataset, tmp_path):
     output = tmp_path / "run"
     command = [sys.executable, ROOT / "pipelines/train_prior.py", "tiny", "--data", dataset, "--output", output, *SMALL, *LENGTH]
     killed_when(command, lambda: checkpointed(output))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL_VQ, assert_one_sentence, checkpointed, killed_when
 from PIL import Image
+from process_groups import without_a_cluster
 from safetensors.torch import load_file
 
 from paella.bundle import load_bundle, load_vqgan, replace_vqgan, save_vqgan, vqgan_digests
@@ -144,9 +145,10 @@ def thousand(tmp_path_factory) -> np.ndarray:
     )
 
 
-def test_decoder_only_leaves_the_tokens_of_1000_images_as_they_are(ray_session, model_bundle, thousand, scene_shards, tmp_path):
+def test_decoder_only_leaves_the_tokens_of_1000_images_as_they_are(model_bundle, thousand, scene_shards, tmp_path):
     init = str(model_bundle)
-    bundle = str(train_vqgan.run(small(scene_shards, tmp_path / "tuned", init=init, train="decoder", steps=20)))
+    with without_a_cluster(train_vqgan):
+        bundle = str(train_vqgan.run(small(scene_shards, tmp_path / "tuned", init=init, train="decoder", steps=20)))
     before, after = load_vqgan(init)[0], load_vqgan(bundle)[0]
     images = to_tensor(thousand)
     tokens = before.encode(images)

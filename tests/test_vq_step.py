@@ -1,13 +1,12 @@
 """A step of VQGAN training: quantizers, losses, the discriminator, workers; without Ray."""
 
 import dataclasses
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_VQ
-from vq_workers import config
+from conftest import SMALL_VQ
+from process_groups import start_group
 
 from paella.codebook import Health
 from paella.config import VQConfig
@@ -26,21 +25,40 @@ QUANTIZERS = {
     "lfq": dataclasses.replace(SMALL_VQ, quantizer="lfq", c_latent=5),
 }
 
+LOSS = VQLossConfig(adversarial=0.1, adversarial_warmup=5, r1=0.1, lecam=0.01, discriminator_width=8)
 
-def trained_for(settings: train_vqgan.TrainVQConfig, steps: int) -> tuple[Trained, list[dict[str, float]]]:
-    """What was trained on pictures of 16 flat squares, and the losses of each step."""
+
+def config(num_workers: int) -> train_vqgan.TrainVQConfig:
+    return dataclasses.replace(
+        train_vqgan.presets()["tiny"], data="", output="", model=SMALL_VQ, image_size=32, loss=LOSS, continuous_steps=5,
+        batch_size=8, precision="float32", codebook_update="ema", num_workers=num_workers,
+    )  # fmt: skip
+
+
+def step_of(settings: train_vqgan.TrainVQConfig) -> tuple[Trained, list[torch.optim.Optimizer], Step]:
+    """What is trained, its optimizers, and what takes a step."""
     torch.manual_seed(0)
     trained = Trained(settings).train()
     modules = [module for module in (trained.vqgan, trained.discriminator) if module is not None]
     optimizers = [settings.optim.optimizers(module) for module in modules]
-    step_of = Step(settings, trained, optimizers, torch.device("cpu"))
+    step = Step(settings, trained, optimizers, torch.device("cpu"))
+    return trained, [optimizer for some in optimizers for optimizer in some], step
+
+
+def flat_squares(generator: torch.Generator) -> torch.Tensor:
+    """Eight pictures of 16 flat squares."""
+    return torch.rand(8, 3, 4, 4, generator=generator).repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+
+def trained_for(settings: train_vqgan.TrainVQConfig, steps: int) -> tuple[Trained, list[dict[str, float]]]:
+    """What was trained, and the losses of each step."""
+    trained, optimizers, step = step_of(settings)
     generator, losses = torch.Generator().manual_seed(1), []
-    for step in range(steps):
-        settings.optim.set_lr([optimizer for some in optimizers for optimizer in some], step, steps)
-        images = torch.rand(8, 3, 4, 4, generator=generator).repeat_interleave(8, 2).repeat_interleave(8, 3)
-        if step == steps - 20:
+    for number in range(steps):
+        settings.optim.set_lr(optimizers, number, steps)
+        if number == steps - 20:
             trained.health.counts.zero_()
-        losses.append({name: value.item() for name, value in step_of(images, step)[0].items()})
+        losses.append({name: value.item() for name, value in step(flat_squares(generator), number)[0].items()})
     return trained, losses
 
 
@@ -97,11 +115,25 @@ def test_f8_is_f4_with_a_level_more():
     assert presets["f4"].model == VQConfig(), "the published model"
 
 
+def _on_a_part(rank: int, num_workers: int, steps: int, output: str) -> None:
+    settings = config(num_workers)
+    trained, optimizers, step = step_of(settings)
+    generator, part = torch.Generator().manual_seed(1), slice(rank * 8 // num_workers, (rank + 1) * 8 // num_workers)
+    for number in range(steps):
+        settings.optim.set_lr(optimizers, number, steps)
+        _, indices, latents = step(flat_squares(generator)[part], number)
+        if indices is not None and number == 7:
+            used = trained.health.counts > 0
+            trained.health.revive(trained.vqgan.vquantizer, latents, used, torch.Generator().manual_seed(number))
+            trained.health.counts.zero_()
+    if rank == 0:
+        torch.save(trained.state_dict(), output)
+
+
 def test_two_workers_give_the_weights_of_one(tmp_path):
     """Batch norm, running means, discriminator, adaptive weight and revival see the whole batch."""
     for num_workers in (1, 2):
-        program = [sys.executable, ROOT / "tests" / "vq_workers.py", tmp_path / str(num_workers), str(num_workers), "9"]
-        subprocess.run(program, check=True, capture_output=True, timeout=120)
+        start_group(_on_a_part, num_workers, tmp_path, num_workers, 9, str(tmp_path / str(num_workers)))
     one, two = torch.load(tmp_path / "1"), torch.load(tmp_path / "2")
     assert one["health.counts"].sum() == 8 * 64
     for name in one.keys() - {"health.counts"}:
