@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from test_image_decoding import jpeg_of_size, zip_bomb
 from test_sources import write_tar
-from tokenizing import config, make_vqgan, rejects_of, rows_of, run
+from tokenizing import config, rejects_of, rows_of, run_in_process
 from web import Answer, site
 
 from pipelines.img2dataset_layout import write_folder
@@ -19,17 +19,12 @@ from pipelines.source_contract import FetchConfig, SourceConfig
 
 
 @pytest.fixture(scope="module")
-def vqgan(tmp_path_factory):
-    return make_vqgan(tmp_path_factory.mktemp("bundles") / "vqgan")
-
-
-@pytest.fixture(scope="module")
 def jpegs(tmp_path_factory):
     root = write_folder(tmp_path_factory.mktemp("images") / "set", scenes(8, seed=4, held_out=False))
     return [file.read_bytes() for file in sorted(root.rglob("*.jpg"))]
 
 
-def test_hostile_tars(tmp_path, jpegs, vqgan, ray_session, capsys):
+def test_hostile_tars(tmp_path, jpegs, vqgan_bundle, capsys):
     bad = {
         "truncated": [(".jpg", jpegs[0][: len(jpegs[0]) // 2]), (".txt", b"x")],
         "html": [(".jpg", b"<!doctype html><title>404</title>"), (".txt", b"x")],
@@ -60,7 +55,7 @@ def test_hostile_tars(tmp_path, jpegs, vqgan, ray_session, capsys):
         cut = tar.getmember("2.jpg").offset_data + 100
     torn.write_bytes(torn.read_bytes()[:cut])  # half written
 
-    output = run(config(tmp_path / "in", vqgan, tmp_path / "out", rows_per_unit=100))
+    output = run_in_process(config(tmp_path / "in", vqgan_bundle, tmp_path / "out", rows_per_unit=100))
     assert set(rows_of(output)) == {f"hostile/good{n}" for n in range(len(bad))} | {"torn/0", "torn/1"}
     assert rejects_of(output) == {
         "hostile/truncated": "damaged-image",
@@ -82,7 +77,7 @@ def test_hostile_tars(tmp_path, jpegs, vqgan, ray_session, capsys):
     assert "rows in 28 = written 13 + filtered 0 + rejected 15" in capsys.readouterr().out
 
 
-def test_urls_are_fetched_in_the_job_and_only_those_wanted(tmp_path, jpegs, vqgan, ray_session, capsys):
+def test_urls_are_fetched_in_the_job_and_only_those_wanted(tmp_path, jpegs, vqgan_bundle, capsys):
     pages = {f"/{n}.jpg": Answer(data) for n, data in enumerate(jpegs)}
     pages["/0.jpg"] = Answer(jpegs[0], headers=[("X-Robots-Tag", "noai")])
     with site(pages) as web:
@@ -92,7 +87,7 @@ def test_urls_are_fetched_in_the_job_and_only_those_wanted(tmp_path, jpegs, vqga
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in" / "laion.parquet")
         source = SourceConfig(fetch=FetchConfig(allow_private_addresses=True, retries=0))
         filters = FilterConfig(min_aesthetic=6.0)
-        output = run(config(tmp_path / "in", vqgan, tmp_path / "out", source=source, filters=filters))
+        output = run_in_process(config(tmp_path / "in", vqgan_bundle, tmp_path / "out", source=source, filters=filters))
         assert set(web.asked) == {f"/{n}.jpg" for n in (0, 1, 3, 5, 7, 9)}  # 9 is not there
         assert sum(web.asked.values()) < 2 * 6  # some again for the contact sheet
     written = rows_of(output)

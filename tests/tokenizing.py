@@ -1,4 +1,4 @@
-"""What the tests of tokenizing share: a small VQGAN, configs, reading what was written, and killing jobs and parts of them."""
+"""What the tests of tokenizing share: configs, stages without Ray, reading what was written, killing jobs and parts of them."""
 
 import contextlib
 import os
@@ -6,36 +6,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
+import pytest
+import ray
 
-from paella.bundle import save_vqgan
-from paella.config import VQConfig
-from paella.images import to_tensor
-from paella.vqgan import VQModel
-from pipelines import tokenize_images
-from pipelines.scenes import scenes
+from pipelines import cli, tokenize_images
 from pipelines.tokenize_config import TokenizeConfig
 
 PROGRAM = Path(__file__).parents[1] / "pipelines" / "tokenize_images.py"
 SETTINGS = {"resolution": 32, "batch_size": 8, "rows_per_unit": 4}
-
-
-def make_vqgan(path: Path) -> Path:
-    """A tiny VQGAN whose codes all occur: with the initial codebook near 0, one code would be nearest to everything."""
-    torch.manual_seed(0)
-    model = VQModel(VQConfig(bottleneck_blocks=1, c_hidden=16, codebook_size=32)).eval()
-    with torch.inference_mode():
-        images = np.stack([image for _, image in scenes(16, seed=9, held_out=False)])
-        latents = model.encode_latents(to_tensor(images)).permute(0, 2, 3, 1).reshape(-1, 4)
-        model.vquantizer.codebook.weight.copy_(latents[torch.randperm(len(latents))[:32]])
-    save_vqgan(path, model)
-    return path
 
 
 def config(images, vqgan, output, **changes) -> TokenizeConfig:
@@ -44,6 +29,39 @@ def config(images, vqgan, output, **changes) -> TokenizeConfig:
 
 def run(settings: TokenizeConfig) -> Path:
     return Path(tokenize_images.run(settings))
+
+
+class InProcess:
+    """As much of a Ray dataset as a job uses, its stages called here, one row after the other: to start actors takes Ray ten
+    seconds, which tests of what comes of a job need not wait for.
+    """
+
+    def __init__(self, rows: Iterable[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def map_batches(self, stage: Any, *, fn_constructor_args: tuple = (), **settings: object) -> "InProcess":
+        function = stage(*fn_constructor_args) if isinstance(stage, type) else stage
+        made = (function(pa.Table.from_pylist([row])) for row in self.rows)
+        tables = (table for some in made for table in ([some] if isinstance(some, pa.Table) else some))
+        return InProcess(row for table in tables for row in table.to_pylist())
+
+    def iter_rows(self) -> Iterator[dict[str, Any]]:
+        return iter(self.rows)
+
+
+@contextlib.contextmanager
+def in_process() -> Iterator[None]:
+    """Jobs of this block run without Ray."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "dataset_of", InProcess)
+        patch.setattr(cli, "start_ray", lambda: None)
+        patch.setattr(ray, "cluster_resources", lambda: {"CPU": 2})
+        yield
+
+
+def run_in_process(settings: TokenizeConfig) -> Path:
+    with in_process():
+        return run(settings)
 
 
 def arguments(images, vqgan, output, *more: object) -> list[str]:
