@@ -1,117 +1,142 @@
-"""How right `pipelines.plan` is on this machine: its estimates against what train.py takes on two CPU workers.
+"""How right `pipelines.plan` is on this machine: its estimates against CPU workers that train.
 
     python benchmarks/plan.py                     # `tiny` and `small`: about four minutes on 2 cores
-    python benchmarks/plan.py --one-billion       # memory of `paella-1b` at 64 pixels: needs 24 GB
+    python benchmarks/plan.py --one-billion       # memory of `paella-1b` at 64 pixels: needs 20 GB
 
-Memory is the largest resident set that a worker process has had, as the kernel counts it, checkpoint and end included; images a
-second are what the program logs of itself. The table gives ratios, estimated by measured; the last line is one JSON object.
+Workers are processes with the program's own step, sharding, optimizers, averages and checkpoints, but without Ray, whose
+start takes longer than the measurement. Memory is the largest resident set that a worker has had, as the kernel counts it, a
+checkpoint included. The table gives ratios, estimated by measured; the last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import re
+import os
 import statistics
 import tempfile
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any
 
-import psutil
+import numpy as np
 import torch
-from train import ONE_BILLION, WORKERS, make_data, make_text_encoder, run_program
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from train import CAPTION, make_text_encoder
 
-from paella.config import PRESETS, ModelConfig
+from paella.checkpoint import TrainingState
+from paella.ema import Ema
 from paella.memory import worker_memory
-from paella.parallel import ParallelConfig, compute_dtype
-from pipelines import plan, tracking
+from paella.parallel import ParallelConfig, compute_dtype, cpu_group, shard
+from paella.training import TextToTokens
+from pipelines import cli, plan, train_config
+from pipelines.recovery import Guard
+from pipelines.token_dataset import TokenBatch
+from pipelines.train_config import TrainConfig
+from pipelines.train_step import train_step
 
-STEPS = 40
+WORKERS = (1, 2)
 BATCH_SIZES = {"tiny": 64, "small": 4, "paella-1b": 2}
+STEPS = {"tiny": 10, "small": 10, "paella-1b": 2}
 
 
-class Peak:
-    """Largest resident set of any training worker below this process; called again and again."""
-
-    def __init__(self, until: Callable[[], bool] = lambda: False) -> None:
-        self.num_bytes, self.until = 0, until
-
-    def __call__(self) -> bool:
-        for process in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.Error, OSError):
-                if "TrainWorker" in " ".join(process.cmdline()):
-                    status = Path(f"/proc/{process.pid}/status").read_text()
-                    found = re.search(r"VmHWM:\s+(\d+) kB", status)
-                    self.num_bytes = max(self.num_bytes, int(found.group(1)) * 1024 if found else 0)
-        return self.until()
-
-
-def estimated_bytes(config: ModelConfig, images: int, parallel: ParallelConfig, precision: str = "auto", **more: bool) -> dict:
-    """Parts of a worker's memory."""
-    dtype = compute_dtype(precision, torch.device("cpu"))
-    memory = worker_memory(config, images, dtype, num_shards=WORKERS, parallel=parallel, **more)
-    return vars(memory) | {"total": memory.total}
-
-
-def compare(name: str) -> dict[str, Any]:
-    """Estimates and measurements of a preset."""
-    config, batch = PRESETS[name], BATCH_SIZES[name]
-    with tempfile.TemporaryDirectory() as directory:
-        root = Path(directory)
-        make_data(root, config, 128)
-        arguments: list[object] = [
-            name, "--steps", STEPS, "--global-batch-size", batch, "--checkpoint-every", STEPS - 10,
-            "--sample-every", 0, "--validation-images", 0, "--validate-every", 0, "--parallel.no-compile",
-        ]  # fmt: skip
-        if config.text.new_byt5 is None:
-            text = dataclasses.replace(config.text, byt5=str(make_text_encoder(root / "byt5", config.unet.byt5_embd)))
-            config = dataclasses.replace(config, text=text)
-        planned = dataclasses.replace(
-            plan.presets()[name], model=config, gpu="cpu", num_gpus=WORKERS, global_batch_size=batch, parallel=ParallelConfig()
+def make_config(root: Path, name: str, workers: int) -> TrainConfig:
+    """A preset on so many workers, with a text encoder that is to be had; `paella-1b` as small as it gets."""
+    config = train_config.presets()[name]
+    model = config.model
+    if model.text.new_byt5 is None:
+        text = make_text_encoder(root / "byt5", model.unet.byt5_embd)
+        model = dataclasses.replace(model, text=dataclasses.replace(model.text, byt5=str(text), clip=None))
+    places = {"data": "-", "vqgan": "-", "output": str(root)}
+    config = dataclasses.replace(config, model=model, num_workers=workers, global_batch_size=BATCH_SIZES[name], **places)
+    config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, compile=False))
+    if name == "paella-1b":
+        config = dataclasses.replace(
+            config,
+            model=dataclasses.replace(model, image_size=64),
+            parallel=ParallelConfig(activation_checkpointing=True, loss_chunk=1024),
+            precision="bf16",
+            ema_decay=0.0,
+            recovery=dataclasses.replace(config.recovery, asynchronous=False),
         )
-        rate = plan.images_per_s(planned, batch)
-        memory = estimated_bytes(config, batch // WORKERS, ParallelConfig(loss_chunk=plan.presets()[name].parallel.loss_chunk))
-        peak = Peak()
-        run = run_program(root, arguments, peak)
-        measured = [value for step, value in tracking.metric_history(run, "images_per_s") if step > 20]
-    return {
-        "estimated_rate": rate,
-        "measured_rate": statistics.median(measured),
-        "estimated_bytes": memory,
-        "measured_bytes": peak.num_bytes,
+    return config
+
+
+def worker(rank: int, config: TrainConfig, steps: int) -> None:
+    """Steps, and a checkpoint before the last of them; leaves its largest resident set before the model and at the end, and the
+    median time of a step."""
+    before, workers = largest_resident_set(), config.num_workers
+    dist.init_process_group("gloo", init_method=f"file://{config.output}/store", rank=rank, world_size=workers)
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) // workers))
+    device, dtype = torch.device("cpu"), compute_dtype(config.precision, torch.device("cpu"))
+    model = TextToTokens(config.model, text_dtype=dtype).train()
+    shard(model, dtype, config.parallel)
+    optimizers, ema, guard = config.optim.optimizers(model), Ema(model, config.ema_decay), Guard(config.recovery)
+    state, group, saving = TrainingState(model, optimizers, ema), cpu_group(), None
+    size = config.global_batch_size // workers
+    side = config.model.image_size // config.model.vqgan.downsampling
+    rows = np.random.default_rng(rank).integers(config.model.unet.num_labels, size=(size, side, side))
+    batch = TokenBatch(rows, [CAPTION] * size, [str(index) for index in range(size)])
+    seconds = []
+    for step in range(steps):
+        if step == steps - 1:
+            saving = state.save(Path(config.output) / "checkpoint", group, asynchronous=config.recovery.asynchronous)
+        began = time.perf_counter()
+        train_step(model, optimizers, config, step, batch, device, guard)
+        ema.update(model, step)
+        seconds.append(time.perf_counter() - began)
+    assert saving is not None
+    saving.result()
+    found = {"before": before, "peak": largest_resident_set(), "seconds": statistics.median(seconds[1:-1] or seconds)}
+    (Path(config.output) / f"found-{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def largest_resident_set() -> int:
+    """Of this process so far, in bytes; getrusage's begins with the parent's."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024
+
+
+def compare(name: str, workers: int) -> dict[str, Any]:
+    """Estimates and measurements of a preset on so many workers."""
+    with tempfile.TemporaryDirectory(dir=os.environ.get("BENCHMARK_DIRECTORY")) as directory:
+        root = Path(directory)
+        config = make_config(root, name, workers)
+        memory = worker_memory(
+            config.model,
+            config.global_batch_size // workers,
+            compute_dtype(config.precision, torch.device("cpu")),
+            num_shards=workers,
+            parallel=config.parallel,
+            averages=config.ema_decay > 0,
+            asynchronous=config.recovery.asynchronous,
+        )
+        result: dict[str, Any] = {"estimated": vars(memory), "estimated_bytes": memory.total}
+        if name != "paella-1b":
+            planned = dataclasses.replace(
+                plan.presets()[name], model=config.model, gpu="cpu", num_gpus=workers, global_batch_size=config.global_batch_size
+            )
+            result["estimated_rate"] = plan.images_per_s(planned, config.global_batch_size)
+        mp.spawn(worker, (config, STEPS[name]), nprocs=workers)
+        found = [json.loads((root / f"found-{rank}.json").read_text()) for rank in range(workers)]
+    return result | {
+        "measured_bytes": max(one["peak"] for one in found),
+        "measured_before": max(one["before"] for one in found),
+        "measured_rate": config.global_batch_size / max(one["seconds"] for one in found),
     }
 
 
-def one_billion() -> dict[str, Any]:
-    """The same of `paella-1b`, memory only, as `benchmarks/train.py --one-billion --image-size 64` runs it."""
-    config = dataclasses.replace(PRESETS["paella-1b"], image_size=64)
-    with tempfile.TemporaryDirectory() as directory:
-        root = Path(directory)
-        make_data(root, config, 8)
-        text = dataclasses.replace(config.text, byt5=str(make_text_encoder(root / "byt5", config.unet.byt5_embd)), clip=None)
-        config = dataclasses.replace(config, text=text)
-        parallel = ParallelConfig(activation_checkpointing=True, loss_chunk=1024)
-        memory = estimated_bytes(config, 1, parallel, "bf16", averages=False, asynchronous=False)
-
-        def done() -> bool:
-            saved = list((root / "run" / "checkpoints").glob("*/manifest.json"))
-            return bool(saved) and tracking.last_step(tracking.run_of(root / "run"), "loss") == 3
-
-        peak = Peak(done)
-        run_program(root, [*ONE_BILLION, "--model.image-size", 64], peak)
-    return {"estimated_bytes": memory, "measured_bytes": peak.num_bytes}
-
-
-def main(names: list[str]) -> None:
-    results = {name: one_billion() if name == "paella-1b" else compare(name) for name in names}
-    print(f"\n{'':12} {'GB a worker':>12} {'measured':>9} {'ratio':>6} {'images/s':>9} {'measured':>9} {'ratio':>6}")
+def main(names: list[str], numbers: list[int]) -> None:
+    os.environ.update(cli.WORKER_ENVIRONMENT)  # as the program's workers have it
+    results = {f"{name}, {number}": compare(name, number) for name in names for number in numbers}
+    print(f"{'':12} {'GB a worker':>12} {'measured':>9} {'ratio':>6} {'images/s':>9} {'measured':>9} {'ratio':>6}")
     for name, found in results.items():
-        estimate, measured = found["estimated_bytes"]["total"], found["measured_bytes"]
+        estimate, measured = found["estimated_bytes"], found["measured_bytes"]
         line = f"{name:12} {estimate / 1e9:12.2f} {measured / 1e9:9.2f} {estimate / measured:6.2f}"
-        if "measured_rate" in found:
+        if "estimated_rate" in found:
             rates = found["estimated_rate"], found["measured_rate"]
             line += f" {rates[0]:9.2f} {rates[1]:9.2f} {rates[0] / rates[1]:6.2f}"
         print(line)
@@ -122,5 +147,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one-billion", action="store_true")
     parser.add_argument("--only", choices=["tiny", "small"])
+    parser.add_argument("--workers", type=int, nargs="+", default=WORKERS)
     chosen = parser.parse_args()
-    main(["paella-1b"] if chosen.one_billion else [chosen.only] if chosen.only else ["tiny", "small"])
+    names = ["paella-1b"] if chosen.one_billion else [chosen.only] if chosen.only else ["tiny", "small"]
+    main(names, [2] if chosen.one_billion else list(chosen.workers))

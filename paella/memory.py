@@ -217,7 +217,7 @@ class WorkerMemory:
 
 
 PROCESS_BYTES = {"cpu": 1.3e9, "cuda": 3e9}
-"""Of a worker before it has a model. On a CPU as measured (benchmarks/plan.py), on a GPU assumed."""
+"""Python, libraries and the allocator's waste: on CPUs what a worker of train.py had beyond what is counted, on GPUs assumed."""
 
 
 def worker_memory(
