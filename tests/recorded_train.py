@@ -17,7 +17,7 @@ from pipelines import loop, train
 from pipelines.train_config import presets
 
 
-def recording_worker(directory: str, poisoned_step: int | None, worker, arguments: dict) -> None:
+def recording_worker(directory: str, poisoned_step: int | None, arguments: dict) -> None:
     """In a worker: every step's ids are on disk before its optimizer moves; once, one step gets a gradient that is no number."""
     file, plain = Path(directory) / f"{os.getpid()}.jsonl", loop.Training.steps
 
@@ -32,7 +32,7 @@ def recording_worker(directory: str, poisoned_step: int | None, worker, argument
 
     loop.Training.steps = steps
     try:
-        worker(arguments)
+        train.train_worker(arguments)  # the program's own: only the driver has another
     finally:
         loop.Training.steps = plain
 
@@ -40,7 +40,7 @@ def recording_worker(directory: str, poisoned_step: int | None, worker, argument
 def recorded(directory: Path, poisoned_step: int | None = None):
     """What train.run is to start in place of its worker."""
     directory.mkdir(parents=True, exist_ok=True)
-    return functools.partial(recording_worker, str(directory), poisoned_step, train.train_worker)
+    return functools.partial(recording_worker, str(directory), poisoned_step)
 
 
 if __name__ == "__main__":

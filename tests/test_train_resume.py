@@ -25,6 +25,7 @@ import ray.cloudpickle
 import recorded_train
 import torch
 from conftest import ROOT, checkpointed, killed_when, small_config
+from process_groups import without_a_cluster
 from safetensors.torch import load_file
 from test_token_stream import write_tokens
 
@@ -98,8 +99,9 @@ def place(vqgan_bundle, tmp_path_factory) -> Place:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_session, place) -> Path:
-    return place.run("undisturbed")
+def undisturbed(place) -> Path:
+    with without_a_cluster(train):
+        return place.run("undisturbed")
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
@@ -121,19 +123,29 @@ def curve(output: Path, name: str = "loss") -> dict[int, float]:
     found = {metric.step: metric.value for metric in history}
     assert list(found) == list(range(20, max(found) + 1, 20))
     info = run.client().get_run(run.run_id).info
-    runs = run.client().search_runs([info.experiment_id], filter_string=f"attributes.run_name = '{info.run_name}'")
+    runs = run.client().search_runs([info.experiment_id], filter_string=f"params.output = '{output}'")
     assert len(runs) == 1
     return found
 
 
-def seen(output: Path) -> dict[int, list[str]]:
-    """The ids of each step over all workers; a step that was done again after a restart saw the same."""
-    steps: dict[int, dict[str, None]] = {}
+def by_worker(output: Path) -> list[dict[int, list[str]]]:
+    """The ids of each step that a worker has done, for all workers there have been."""
+    workers = []
     for file in output.with_name(f"{output.name}.ids").glob("*.jsonl"):
+        workers.append({})
         for line in file.read_text().splitlines():
             with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed worker
                 part = json.loads(line)
-                steps.setdefault(part["step"], {}).update(dict.fromkeys(part["ids"]))
+                workers[-1].setdefault(part["step"], []).extend(part["ids"])
+    return workers
+
+
+def seen(output: Path) -> dict[int, list[str]]:
+    """The ids of each step over all workers; a step that was done again after a restart saw the same."""
+    steps: dict[int, set[str]] = {}
+    for worker in by_worker(output):
+        for step, ids in worker.items():
+            steps.setdefault(step, set()).update(ids)
     return {step: sorted(ids) for step, ids in sorted(steps.items())}
 
 
@@ -180,20 +192,20 @@ def kill_a_worker(output: Path, after: int, how: int = signal.SIGKILL) -> None:
         time.sleep(0.02)
 
 
-def test_a_killed_worker_changes_nothing(undisturbed, place):
-    output = place.root / "worker"
-    with in_thread(lambda: kill_a_worker(output, after=30)):
-        place.run("worker")
-    assert_same(output, undisturbed)
+def test_a_killed_worker_and_then_a_killed_cluster_change_nothing(ray_session, undisturbed, place):
+    """First a worker, so that two new ones go on; then driver, workers and Ray, so that the same command continues."""
+    output = place.root / "killed"
 
+    def going_on() -> bool:
+        return sum(len(steps) >= 5 for steps in by_worker(output)) == 4
 
-def test_a_killed_cluster_changes_nothing(undisturbed, place):
-    """Driver, workers and Ray are killed; the same command continues."""
-    output = place.root / "cluster"
-    killed_when(place.command("cluster"), lambda: checkpointed(output))
+    with in_thread(lambda: kill_a_worker(output, after=16)):  # two checkpoints: the first is whole when the second begins
+        killed_when(place.command("killed"), going_on)
     assert not (output / "model").exists(), "the run was over before it was killed"
-    place.run("cluster")
+    place.run("killed")
     assert_same(output, undisturbed)
+    began = sorted(min(steps) for steps in by_worker(output))
+    assert began[:2] == [0, 0] and began[2] > 0 and len(began) == 6, "each time from a checkpoint"
 
 
 @pytest.mark.slow
