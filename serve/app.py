@@ -66,12 +66,11 @@ def app(arguments: Arguments) -> ray_serve.Application:
 
 
 def threads() -> dict[str, str]:
-    """Environment of a replica's threads, whatever share of the machine Ray books for it.
+    """Environment of a replica's threads, whatever share of the machine Ray books for it: as many as the library uses.
 
-    As many as the library uses: in float32 another number rounds otherwise. And threads that wait must not spin: they would take
-    the cores from the pass beside them.
+    In float32 another number rounds otherwise.
     """
-    return {"OMP_NUM_THREADS": str(torch.get_num_threads()), "OMP_WAIT_POLICY": "passive"}
+    return {"OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
 def _has_gpus() -> bool:

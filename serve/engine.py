@@ -2,7 +2,8 @@
 
 A sampling thread takes one step after the other. Between two steps it lets waiting images in and those out that are done,
 cancelled or late. Prompts and images are encoded on a thread of their own, pictures are decoded on another, and the event loop
-only hands things on. Nothing here knows of HTTP or Ray:
+only hands things on. On a CPU these threads exist only while there is more than one image (see `serve.helpers`). Nothing here
+knows of HTTP or Ray:
 
     engine = Engine(bundle)
     ticket = engine.submit([Task(make, encode, steps=12, tokens=256)])
@@ -19,16 +20,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from paella.bundle import Bundle
 from paella.sampler import Canvas, step
 from paella.step_scheduler import StepScheduler, num_tokens
+from serve.helpers import Helpers
 from serve.knee import Knee
 
 MAX_PREVIEWS_BEHIND = 8
@@ -171,14 +171,9 @@ class Engine:
         self.error: BaseException | None = None
         self.observe: Callable[[str, float, dict[str, str]], None] = lambda name, value, tags: None
         self.counter = itertools.count()
-        on_cpu = next(bundle.unet.parameters()).device.type == "cpu"
-        threads = torch.get_num_threads()
-
-        def pool(size: int, name: str) -> ThreadPoolExecutor:  # one number of threads everywhere: another rounds otherwise
-            return ThreadPoolExecutor(size, name, initializer=torch.set_num_threads, initargs=(threads,))
-
-        self.lanes = pool(self.config.lanes, "lane") if on_cpu and self.config.lanes > 1 else None
-        self.preparing, self.decoding = pool(1, "prepare"), pool(1, "decode")
+        self.on_cpu = next(bundle.unet.parameters()).device.type == "cpu"
+        self.lanes = self.config.lanes if self.on_cpu else 1
+        self.preparing, self.decoding, self.stepping = Helpers("prepare"), Helpers("decode"), Helpers("lane", self.lanes)
         self.decodes_behind = 0
         self.thread = threading.Thread(target=self._sample, name="sampling", daemon=True)
         self.thread.start()
@@ -200,9 +195,17 @@ class Engine:
                 for index, task in enumerate(tasks)
             ]
             self.images |= set(images)
+            alone = self._alone()
         for image in images:
-            self.preparing.submit(self._prepare, image)
+            if alone:
+                self.inbox.put(image)  # the sampling thread has nothing better to do than to prepare it
+            else:
+                self.preparing.submit(self._prepare, image)
         return ticket
+
+    def _alone(self) -> bool:
+        """Whether one thread should do everything: on a CPU, for one image."""
+        return self.on_cpu and len(self.images) == 1
 
     @property
     def queued(self) -> int:
@@ -231,11 +234,11 @@ class Engine:
         while self.images and self.error is None:
             await asyncio.sleep(0.02)
         self.inbox.put(None)
-        for pool in (self.preparing, self.decoding, self.lanes):
-            if pool is not None:
-                pool.shutdown(wait=False)
+        await asyncio.to_thread(self.thread.join)
+        for helpers in (self.preparing, self.decoding, self.stepping):
+            helpers.close()
 
-    # the preparing thread
+    # the preparing thread, or the sampling thread
 
     def _prepare(self, image: _Image) -> None:
         began = time.monotonic()
@@ -254,6 +257,8 @@ class Engine:
     def _sample(self) -> None:
         try:
             while self._receive():
+                for helpers in (self.preparing, self.decoding, self.stepping):
+                    helpers.rest()
                 self._admit()
                 if self.scheduler.running:
                     self._step(list(self.scheduler.running))
@@ -272,7 +277,9 @@ class Engine:
                 return True
             if image is None:
                 return False
-            assert image.canvas is not None
+            if image.canvas is None:
+                self._prepare(image)  # which puts it in again
+                continue
             self.by_canvas[id(image.canvas)] = image
             self.scheduler.add(image.canvas)
 
@@ -312,26 +319,34 @@ class Engine:
     def _take(self, batch: list[Canvas]) -> None:
         """One step of all; on a CPU in lanes side by side, which changes no picture: there each image has its own pass."""
         codebook = self.bundle.vqgan.vquantizer
-        if self.lanes is None or len(batch) == 1:
+        if self.lanes == 1 or len(batch) == 1:
             step(self.bundle.unet, batch, codebook=codebook)
             return
         ordered = sorted(batch, key=lambda canvas: -canvas.tokens.numel())
-        parts = [ordered[lane :: self.config.lanes] for lane in range(self.config.lanes)]
-        others = [self.lanes.submit(step, self.bundle.unet, part, codebook=codebook) for part in parts[1:] if part]
+        parts = [ordered[lane :: self.lanes] for lane in range(self.lanes)]
+        others = [self.stepping.submit(step, self.bundle.unet, part, codebook=codebook) for part in parts[1:] if part]
         step(self.bundle.unet, parts[0], codebook=codebook)
         for other in others:
             other.result()
 
-    # the decoding thread
-
     def _decode(self, image: _Image, tokens: Tensor, preview: int | None) -> None:
-        self.decodes_behind += 1
-        self.decoding.submit(self._deliver, image, tokens, preview).add_done_callback(self._delivered)
+        with self.lock:
+            self.decodes_behind += 1
+        if self._alone():
+            self._deliver(image, tokens, preview)
+        else:
+            self.decoding.submit(self._deliver, image, tokens, preview)
 
-    def _delivered(self, future: Future[None]) -> None:
-        self.decodes_behind -= 1
+    # the decoding thread, or the sampling thread
 
     def _deliver(self, image: _Image, tokens: Tensor, preview: int | None) -> None:
+        try:
+            self._finish(image, tokens, preview)
+        finally:
+            with self.lock:
+                self.decodes_behind -= 1
+
+    def _finish(self, image: _Image, tokens: Tensor, preview: int | None) -> None:
         began = time.monotonic()
         if image.gone(began):
             return self._drop(image) if preview is None else None

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import torch
@@ -56,7 +57,8 @@ class Generator:
         settings = EngineSettings(**user_config)
         if settings == self.settings:
             return
-        bundle = await asyncio.to_thread(_load, settings)
+        with ThreadPoolExecutor(1) as loader:  # which ends: see serve.helpers
+            bundle = await asyncio.get_running_loop().run_in_executor(loader, _load, settings)
         engine, old = Engine(bundle, settings.engine_config()), self.engine
         self.metrics = EngineMetrics(settings.name)
         engine.observe = self.metrics.observe
@@ -140,7 +142,7 @@ class Generator:
             try:
                 if engine.queued + order.num_images > engine.config.max_queued_images:  # before any image is decoded
                     raise QueueFull(engine.wait_s())
-                planned: Plan = await asyncio.get_running_loop().run_in_executor(engine.preparing, plan, engine.bundle, order)
+                planned: Plan = await asyncio.get_running_loop().run_in_executor(None, plan, engine.bundle, order)
                 ticket = engine.submit(planned.tasks)
                 yield self._accepted(order, planned, engine.bundle.digest)
                 async for event in ticket:

@@ -24,6 +24,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from served import KEYS, ROOT, serving
 
 from paella.bundle import save_bundle, save_vqgan
 from paella.conditioning import TextEncoders
@@ -38,7 +39,6 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # how soon the end of a run is seen
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process more for each run; no test has nodes that go
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL_VQ = VQConfig(bottleneck_blocks=1, c_hidden=16, codebook_size=32)
 
 
@@ -130,6 +130,13 @@ def clip_bundle(tmp_path_factory, clip_directory) -> Path:
     weights = {"unet": unet.state_dict(), "vqgan": VQModel(config.vqgan).state_dict()}
     save_bundle(path, config, weights, "card", TextEncoders.create(config.text))
     return path
+
+
+@pytest.fixture(scope="session")
+def server(clip_bundle):
+    """Address and process of a server with two API keys and room for 24 images."""
+    with serving(clip_bundle, "--max-queued-images", "24", PAELLA_API_KEYS=", ".join(KEYS)) as (address, process):
+        yield address, process
 
 
 @pytest.fixture(scope="session")

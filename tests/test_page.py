@@ -3,7 +3,8 @@
 import shutil
 
 import pytest
-from test_serve import png, serving
+from served import serving
+from test_serve import png
 
 CHROMIUM = shutil.which("chromium")
 playwright = pytest.importorskip("playwright.sync_api")

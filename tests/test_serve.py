@@ -3,12 +3,8 @@
 import asyncio
 import base64
 import concurrent.futures
-import contextlib
 import io
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -30,39 +26,6 @@ from pipelines import prompts
 from pipelines.generate_config import GenerateConfig
 from pipelines.picture_jobs import Jobs, units
 from pipelines.picture_stages import GeneratePictures
-
-
-@contextlib.contextmanager
-def serving(bundle, *flags, **variables):
-    """A server on a free port, until the block ends; it must end well."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "serve.run", "--model", bundle, "--port", str(port), *flags],
-        cwd=ROOT,
-        env=os.environ | variables,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    lines = []
-    while process.poll() is None and not any("serving" in line for line in lines):
-        lines.append(process.stdout.readline())
-    assert process.poll() is None, lines
-    yield f"http://127.0.0.1:{port}", process
-    process.send_signal(signal.SIGINT)
-    deadline = time.monotonic() + 180
-    while process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert process.poll() == 0
-
-
-@pytest.fixture(scope="module")
-def server(clip_bundle):
-    with serving(clip_bundle, "--max-queued-images", "24", PAELLA_API_KEYS="key-one, key-two") as (address, process):
-        yield address, process
 
 
 @pytest.fixture(scope="module")
