@@ -218,7 +218,7 @@ class Ingress:
         """Ready when every model's engine answers and runs."""
         return {"status": "ok", "models": await self._described()}
 
-    @api.get("/metrics", responses=_errors(500))
+    @api.get("/metrics", response_class=PlainTextResponse, responses=_errors(500))
     async def prometheus(self) -> PlainTextResponse:
         return PlainTextResponse(await prometheus())
 
