@@ -89,7 +89,7 @@ def test_draws_follow_the_softmax(temperature, num_labels):
     logits = torch.cat([torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5, -30.0]), torch.full((num_labels - 6,), -5.0)])
     config = SamplingConfig(num_inference_steps=1, temperature=(temperature,), cfg=(1.0,))
     model = FixedLogits(logits)
-    tokens = sample(model, canvases_of(model, range(100), (20, 20), config))  # 40,000 draws
+    tokens = sample(model, canvases_of(model, range(256), (20, 20), config))  # 102,400 draws
     counts = np.bincount(tokens.flatten().numpy(), minlength=num_labels)
     expected = (logits.double() / temperature).softmax(0).numpy() * counts.sum()
     seen = expected > 5
@@ -134,12 +134,12 @@ def bundle() -> Bundle:
 
 
 def requests(bundle: Bundle) -> list[Canvas]:
-    """16 canvases of different prompts, steps, guidance, sizes and modes."""
+    """32 canvases of different prompts, steps, guidance, sizes and modes."""
     made = []
     image_tokens = random_tokens(99, (16, 16), bundle.config.unet.num_labels)
     mask = torch.zeros(16, 16, dtype=torch.bool)
     mask[4:12, 4:12] = True
-    for index in range(16):
+    for index in range(32):
         conditions = bundle.conditions(["a", "a rather longer prompt than the first", "blue"][index % 3])
         negative = bundle.negative(conditions, "red" if index % 5 == 0 else None)
         config = SamplingConfig(
