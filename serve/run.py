@@ -6,6 +6,7 @@ python -m serve.run --model runs/demo/train/model
 from __future__ import annotations
 
 import os
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,8 @@ def run(config: ServeConfig) -> None:
         f"""  curl {address}/v1/images/generations -H 'content-type: application/json' -d '{{"prompt": "a red circle"}}'""",
         flush=True,
     )
+    for number in (signal.SIGINT, signal.SIGTERM):  # what a shell starts in the background ignores the first otherwise
+        signal.signal(number, signal.default_int_handler)
     try:
         while True:
             time.sleep(3600)

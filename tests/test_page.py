@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from served import serving
+from served import KEYS
 from test_serve import png
 
 CHROMIUM = shutil.which("chromium")
@@ -11,10 +11,14 @@ playwright = pytest.importorskip("playwright.sync_api")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 
 
-@pytest.fixture(scope="module")
-def address(clip_bundle):
-    with serving(clip_bundle) as (address, _):
-        yield address
+@pytest.fixture
+def address(server):
+    return server[0]
+
+
+def told(message) -> bool:
+    """Whether something is wrong, but for what the browser says of the models that were asked for before there was a key."""
+    return message.type in ("error", "warning") and "401" not in message.text
 
 
 @pytest.fixture
@@ -23,10 +27,12 @@ def page(address):
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
         page = browser.new_page()
         page.messages, page.requested = [], []
-        page.on("console", lambda message: page.messages.append(message.text) if message.type in ("error", "warning") else None)
+        page.on("console", lambda message: page.messages.append(message.text) if told(message) else None)
         page.on("pageerror", lambda error: page.messages.append(str(error)))
         page.on("request", lambda request: page.requested.append(request.url))
         page.goto(address)
+        page.fill("#key", KEYS[0])
+        page.press("#key", "Tab")
         page.wait_for_function("document.querySelector('#model').options.length == 1")
         yield page
         browser.close()
