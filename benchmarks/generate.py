@@ -143,14 +143,14 @@ def program_rates(root: Path, output: Path, threads: int) -> tuple[float, float,
                 if "MapWorker" in " ".join(member.cmdline()):
                     used[member.pid] = sum(member.cpu_times()[:2])
         at.append((len(list(output.glob("manifest/part-*.parquet"))), sum(used.values())))
-        time.sleep(0.1)
+        time.sleep(1)  # to look costs milliseconds that the program would have
     assert process.returncode == 0
     parts = sorted(output.glob("manifest/part-*.parquet"), key=lambda file: file.stat().st_mtime)
     numbers = [pq.read_metadata(file).num_rows for file in parts]
     first, last = parts[0].stat().st_mtime, parts[-1].stat().st_mtime
     later = sum(numbers[1:])
-    cpu = next(cpu for units, cpu in at if units == len(parts)) - next(cpu for units, cpu in at if units >= 1)
-    return later / (last - first), later / cpu, sum(numbers) / (last - began)
+    (units_then, cpu_then), (units, cpu) = next(each for each in at if each[0]), [each for each in at if each[0] < len(parts)][-1]
+    return later / (last - first), sum(numbers[units_then:units]) / (cpu - cpu_then), sum(numbers) / (last - began)
 
 
 def family(pid: int) -> list[psutil.Process]:

@@ -207,13 +207,14 @@ def ray_rates(config: TokenizeConfig) -> tuple[float, float, float]:
             with contextlib.suppress(psutil.Error):
                 used[member.pid] = sum(member.cpu_times()[:2])
         at.append((len(list(output.glob("part-*.parquet"))), sum(used.values())))
-        time.sleep(0.2)
+        time.sleep(2)  # to look costs milliseconds that the program would have
     assert process.returncode == 0
     rows = {output / shard["file"]: shard["rows"] for shard in json.loads((output / "dataset.json").read_text())["shards"]}
     ended = sorted((file.stat().st_mtime, number) for file, number in rows.items())
     later = sum(number for _, number in ended[CPUS:])
-    first, last = (next(cpu for shards, cpu in at if shards >= enough) for enough in (CPUS, len(rows)))
-    return later / (ended[-1][0] - ended[CPUS - 1][0]), later / (last - first), sum(rows.values()) / (ended[-1][0] - began)
+    (first, cpu_then), (last, cpu) = next(each for each in at if each[0] >= CPUS), [each for each in at if each[0] < len(rows)][-1]
+    between = sum(number for _, number in ended[first:last])
+    return later / (ended[-1][0] - ended[CPUS - 1][0]), between / (cpu - cpu_then), sum(rows.values()) / (ended[-1][0] - began)
 
 
 def family(pid: int) -> list[psutil.Process]:

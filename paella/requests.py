@@ -42,6 +42,9 @@ from paella.sampler import MAX_SEED, Canvas, SamplingConfig
 
 MAX_PROMPT = 32_000
 MAX_IMAGES = 16
+"""That a request brings."""
+MAX_N = 10
+"""Pictures of one request to the HTTP API."""
 QUALITY_STEPS = {"auto": 12, "low": 6, "medium": 12, "standard": 12, "high": 24, "hd": 24, "xhigh": 36, "max": 48}
 NEED_CLIP = ("variation", "blend")
 WITHOUT_CLIP = ("text-to-image", "inpaint", "outpaint", "interpolate", "structural")

@@ -42,8 +42,8 @@ def _thumbnail(data: bytes) -> str:
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def page(output: str, chunks: Sequence[tuple[str, int]]) -> bytes:
-    """index.html of chunks and their numbers of pictures."""
+def page(output: str, chunks: Sequence[tuple[str, int]], failed: int) -> bytes:
+    """index.html of chunks and their numbers of rows, of which some have no picture: they have failed."""
     command = f"python pipelines/generate.py --output {shlex.quote(output)} --reproduce "
-    data = json.dumps({"chunks": chunks, "command": command}).replace("<", "\\u003c")
+    data = json.dumps({"chunks": chunks, "command": command, "failed": failed}).replace("<", "\\u003c")
     return PAGE.read_text().replace('"DATA"', data).encode()

@@ -117,7 +117,8 @@ def _finish(config: GenerateConfig, digest: str, output: Output, todo: Sequence[
     """What is made of the whole, and last of all the file that says that the job is finished."""
     counts = manifest.count(output, [unit.part for unit in todo])
     layouts.finish(output, config.layout)
-    output.write("index.html", gallery.page(config.output, [(unit.name, unit.num_jobs) for unit in todo]))
+    chunks = [(unit.name, unit.num_jobs) for unit in todo]
+    output.write("index.html", gallery.page(config.output, chunks, counts["failed"]))
     info: dict[str, Any] = {"config": cli.config_values(config), "model_digest": digest} | counts | rate
     output.write("job.json", (json.dumps(info, indent=1) + "\n").encode())
     for error, number in list(counts["errors"].items())[:5]:

@@ -70,6 +70,8 @@ def _as_columns(row: dict[str, Any], mode: str | None) -> dict[str, Any]:
     if quality != "auto" and "num_inference_steps" in row:
         raise InputError("num_inference_steps and quality both say how many steps: give one of them", "num_inference_steps")
     row.setdefault("num_inference_steps", requests.QUALITY_STEPS[quality])
+    if row["n"] not in range(1, requests.MAX_N + 1):
+        raise InputError(f"n={row['n']!r} is not allowed: 1 to {requests.MAX_N}", "n")
     if "image" in row:
         images = row["image"] if isinstance(row["image"], list) else [row["image"]]
         row["image"] = [_url(image) for image in images]

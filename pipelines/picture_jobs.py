@@ -45,7 +45,7 @@ LISTS = ("cfg", "temperature", "noise", "weights", "guided_steps")
 COLUMNS = (*TEXTS, *INTEGERS, *NUMBERS, *LISTS, "images")
 SAMPLER = {each.name for each in dataclasses.fields(SamplingConfig)}
 REQUEST = {each.name for each in dataclasses.fields(PictureRequest)} - {"sampling"}
-MAX_N = 10_000
+MAX_PER_ROW = 10_000
 SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,127}")
 """Ids that are names of files; no dots, which would end a key in a tar."""
 
@@ -229,8 +229,8 @@ class Jobs:
         known, extra = parse(values)
         request = request_of(known, base, defaults)
         seed, number = known.get("seed"), known.get("n", self.settings.images_per_prompt)
-        if not 1 <= number <= MAX_N:
-            raise InputError(f"n={number} is not allowed: 1 to {MAX_N}", "n")
+        if not 1 <= number <= MAX_PER_ROW:
+            raise InputError(f"n={number} is not allowed: 1 to {MAX_PER_ROW}", "n")
         if seed is not None and not 0 <= seed <= MAX_SEED:
             raise InputError(f"seed={seed} is not allowed: 0 to {MAX_SEED}", "seed")
         first = (self.settings.seed + self.order) % (MAX_SEED + 1) if seed is None else seed

@@ -17,7 +17,7 @@ from paella.sampler import sample
 from pipelines import layouts, manifest
 from pipelines.generate_config import GenerateConfig
 from pipelines.output_store import Output
-from pipelines.picture_stages import with_inputs
+from pipelines.picture_units import with_inputs
 
 DIRECTORY = "reproduced"
 

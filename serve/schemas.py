@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from pydantic_core import PydanticCustomError
 
 from paella.pictures import InputError
-from paella.requests import MAX_PROMPT, QUALITY_STEPS, check_inputs, default_mode, is_text
+from paella.requests import MAX_N, MAX_PROMPT, QUALITY_STEPS, check_inputs, default_mode, is_text
 
 UNSUPPORTED_FIELDS = (
     "complexity", "frame_count", "frame_duration_ms", "input_fidelity", "markup", "moderation", "safety_identifier", "style",
@@ -35,7 +35,7 @@ class ImageRequest(BaseModel):
 
     prompt: str = Field(default="", max_length=MAX_PROMPT)
     model: str | None = None
-    n: int = Field(default=1, ge=1, le=10)
+    n: int = Field(default=1, ge=1, le=MAX_N)
     size: str = Field(
         default="auto", pattern=r"^(auto|[1-9]\d{1,3}x[1-9]\d{1,3})$", description="WIDTHxHEIGHT in pixels, or auto"
     )

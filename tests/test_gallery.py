@@ -45,7 +45,7 @@ def output(tmp_path_factory):
         chunks.append((f"{start // UNIT:06d}-x", len(rows)))
         pictures = {"id-0": png("blue")} if start == 0 else {}  # as if it lay in a shard
         (root / gallery.DIRECTORY / f"{chunks[-1][0]}.js").write_bytes(gallery.chunk(chunks[-1][0], rows, pictures))
-    (root / "index.html").write_bytes(gallery.page("s3://me/out put</script>", chunks))
+    (root / "index.html").write_bytes(gallery.page("s3://me/out put</script>", chunks, failed=1))
     return root
 
 
@@ -72,7 +72,7 @@ def shown(page, text: str) -> None:
 
 def test_large_sets_stay_usable(page, tmp_path_factory):
     shown(page, "page 1 of 105")
-    assert page.text_content("#count") == "10000 pictures"
+    assert page.text_content("#count") == "9999 pictures, 1 failed"
     assert page.locator("figure").count() == 96
     assert sum(url.endswith(".js") for url in page.requested) == 2  # of 157
     page.wait_for_function("[...document.querySelectorAll('figure img')].slice(0, 4).every(image => image.naturalWidth === 64)")

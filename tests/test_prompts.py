@@ -118,6 +118,7 @@ def test_openai_bodies_have_the_apis_defaults():
         ({"prompt": "a", "response_format": "url"}, "unsupported_value"),
         ({"prompt": "a", "strength": 1}, "unknown_parameter"),
         ({"prompt": "a", "quality": "low", "num_inference_steps": 2}, "invalid_value"),
+        ({"prompt": "a", "n": 11}, "invalid_value"),
     ]:
         with pytest.raises(InputError) as error:
             opened(line | {"body": body})
