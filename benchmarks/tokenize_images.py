@@ -212,7 +212,10 @@ def ray_rates(config: TokenizeConfig) -> tuple[float, float, float]:
     rows = {output / shard["file"]: shard["rows"] for shard in json.loads((output / "dataset.json").read_text())["shards"]}
     ended = sorted((file.stat().st_mtime, number) for file, number in rows.items())
     later = sum(number for _, number in ended[CPUS:])
-    (first, cpu_then), (last, cpu) = next(each for each in at if each[0] >= CPUS), [each for each in at if each[0] < len(rows)][-1]
+    (first, cpu_then), (last, cpu) = (
+        next(each for each in at if each[0] >= CPUS),
+        [each for each in at if each[0] < len(rows)][-1],
+    )
     between = sum(number for _, number in ended[first:last])
     return later / (ended[-1][0] - ended[CPUS - 1][0]), between / (cpu - cpu_then), sum(rows.values()) / (ended[-1][0] - began)
 

@@ -2,6 +2,7 @@
 
     python pipelines/generate.py --model runs/demo/train/model --prompts prompts.txt --output runs/pictures
     python pipelines/generate.py --model bundle --prompts s3://me/prompts.parquet --output s3://me/images --images-per-prompt 4
+    python pipelines/generate.py --endpoint http://127.0.0.1:8000 --prompts prompts.txt --output runs/pictures
     python pipelines/generate.py --output runs/pictures --reproduce 3f2a…    # one of them again: is it the same?
 
 A row's columns say what it wants: prompt (or caption), and mode, image, mask, seed, size, steps, cfg, temperature,
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from paella import command_line
 from paella.bundle import model_config
 from paella.weights import read_config
-from pipelines import cli, gallery, layouts, manifest, prompts
+from pipelines import cli, endpoint, gallery, layouts, manifest, prompts
 from pipelines.generate_config import GenerateConfig
 from pipelines.output_store import Output
 from pipelines.picture_jobs import Jobs, Unit, units
@@ -42,7 +43,7 @@ def run(config: GenerateConfig) -> str:
         if not reproduce(config, config.reproduce):
             raise SystemExit(1)
         return config.output
-    digest = digest_of(str(config.model))
+    digest = endpoint.digest_of(config) if config.endpoint else digest_of(str(config.model))
     output = Output(config.output)
     finished = manifest.parts(output)
     jobs = Jobs(prompts.read(str(config.prompts)), config.job_settings(digest))
@@ -71,12 +72,14 @@ def digest_of(model: str) -> str:
 
 def _generate(config: GenerateConfig, digest: str, missing: Sequence[Unit], todo: Sequence[Unit]) -> dict[str, float]:
     """Put the missing units in place; returns how fast that was."""
-    cli.start_ray()
+    if not config.endpoint:
+        cli.start_ray()
     began, number = time.monotonic(), sum(unit.num_jobs for unit in missing)
     counts: Counter[str] = Counter()
     total = sum(unit.num_jobs for unit in todo)
     with tqdm(total=total, initial=total - number, unit="images", desc="pictures", mininterval=2) as bar:
-        for row in generated(config, digest, missing).iter_rows():
+        made = endpoint.generated(config, digest, missing) if config.endpoint else generated(config, digest, missing).iter_rows()
+        for row in made:
             counts.update(row)
             bar.set_postfix(counts, refresh=False)
             bar.update(sum(row.values()))

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from paella import requests
 from paella.config import require
+from paella.pictures import InputError
 from paella.sampler import MAX_SEED, SamplingConfig
 from pipelines import cli
 from pipelines.picture_jobs import JobSettings, parse, request_of
 from pipelines.source_files import is_remote, join
 
-FREE = ("model", "prompts", "output", "batch_size", "reproduce")
+FREE = ("model", "prompts", "output", "batch_size", "concurrency", "reproduce")
 """Settings that do not decide what the output holds, or do so by what they name."""
 
 EXAMPLES: dict[str, dict[str, Any]] = {
@@ -28,6 +30,21 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 """Inputs of rows, to try defaults on."""
 
 
+def api_settings(sampling: SamplingConfig) -> dict[str, Any]:
+    """The sampler's settings by the HTTP API's names. Raises InputError for those that it has no names for."""
+    steps, first = sampling.num_inference_steps, sampling.at(0)
+    by_api = {"num_inference_steps": steps, "guidance_scale": first.cfg, "temperature": first.temperature}
+    allowed = requests.sampling(**by_api)
+    same = [sampling.at(step) == allowed.at(step) for step in range(steps)]
+    others = [each.name for each in dataclasses.fields(SamplingConfig) if each.name not in ("temperature", "cfg")]
+    if not all(same) or any(getattr(sampling, name) != getattr(allowed, name) for name in others):
+        raise InputError(
+            "the HTTP API knows num_inference_steps, one cfg for all steps, and a temperature that falls to 0.3 of itself; other "
+            "settings of the sampler cannot be sent to an endpoint", "sampling", "unsupported_value",
+        )  # fmt: skip
+    return by_api
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
     """One batch generation job, or one picture of it again."""
@@ -35,7 +52,7 @@ class GenerateConfig:
     output: str
     """Directory or s3:// of the pictures; the same command with the same output continues it."""
     model: str | None = None
-    """Bundle: directory, URI or models:/name@alias."""
+    """Bundle: directory, URI or models:/name@alias. With an endpoint, the name that it serves a model by, or its default."""
     prompts: str | None = None
     """File of prompts, a path or s3://: .parquet, .jsonl, .csv, .tsv, .txt or OpenAI's Batch .jsonl. Columns beside `prompt` are
     settings of the row: mode, image, mask, seed, size, steps, cfg, temperature, negative_prompt, n, id, …"""
@@ -63,16 +80,24 @@ class GenerateConfig:
     """Threads of a worker on CPUs; as many as the library uses on this machine if not given. Another number rounds otherwise."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Settings of the sampler, where a row gives none."""
+    endpoint: str | None = None
+    """http:// address of a running server that makes the pictures; PAELLA_API_KEY is its key. The sampler's settings and their
+    defaults are then the HTTP API's."""
+    concurrency: int = 8
+    """Requests that the endpoint gets at a time."""
     reproduce: str | None = None
     """Id of a picture in the output's manifest to make again here, and to compare with the one that was made."""
 
     def __post_init__(self) -> None:
-        for name in ("images_per_prompt", "batch_size", "unit_size"):
+        for name in ("images_per_prompt", "batch_size", "unit_size", "concurrency"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
         require(self.threads is None or self.threads >= 1, "threads", self.threads, "an integer of at least 1")
         require(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"0 to {MAX_SEED}")
-        if self.reproduce is None and not (self.model and self.prompts):
-            raise ValueError("a model and prompts have to be given, or a picture to reproduce")
+        if self.reproduce is None and not ((self.model or self.endpoint) and self.prompts):
+            raise ValueError("a model or an endpoint, and prompts, have to be given, or a picture to reproduce")
+        if self.endpoint is not None:
+            require(bool(re.match("https?://.", self.endpoint)), "endpoint", self.endpoint, "an http:// or https:// address")
+            api_settings(self.base)
         if self.layout == "geneval" and self.format != "png":
             raise ValueError(f"format={self.format} is not allowed: GenEval reads png")
         self.columns  # noqa: B018  raises ValueError for values that no row could have
@@ -100,9 +125,16 @@ class GenerateConfig:
                 raise ValueError(f"defaults={pair!r} is not allowed: NAME=VALUE")
             yield name, value
 
+    @property
+    def base(self) -> SamplingConfig:
+        """Settings of the sampler for rows that give none."""
+        own = self.endpoint is None or self.sampling != SamplingConfig()
+        return self.sampling if own else requests.sampling()
+
     def absolute(self) -> GenerateConfig:
         """With paths that mean the same in workers, which run in directories of their own."""
-        places = {name: cli.absolute(value) for name in ("model", "prompts", "output") if (value := getattr(self, name))}
+        names = ("prompts", "output") if self.endpoint else ("model", "prompts", "output")
+        places = {name: cli.absolute(value) for name in names if (value := getattr(self, name))}
         return dataclasses.replace(self, **places)  # type: ignore[arg-type]
 
     def job_settings(self, digest: str) -> JobSettings:
@@ -110,7 +142,7 @@ class GenerateConfig:
         return JobSettings(
             digest=digest,
             defaults=self.columns,
-            sampling=self.sampling,
+            sampling=self.base,
             images_per_prompt=self.images_per_prompt,
             seed=self.seed,
             by_place=self.layout == "geneval",
@@ -125,4 +157,5 @@ class GenerateConfig:
     def binding(self, digest: str, prompts_digest: str) -> dict[str, Any]:
         """What the output follows from: settings, and the model and the prompts by their contents."""
         values = cli.flattened(cli.config_values(self)) | {"model_digest": digest, "prompts_digest": prompts_digest}
+        values["endpoint"] = self.endpoint is not None  # whose defaults are others
         return {name: value for name, value in values.items() if name not in FREE}

@@ -1,10 +1,10 @@
 """Encoded images to crops of one size: what a token dataset is made of.
 
 JPEGs are decoded by libjpeg-turbo (simplejpeg), large ones at a half, a quarter or an eighth of their size where that is still
-twice what is needed, and with chroma repeated, not interpolated, where scaling down averages it anyway; everything else by Pillow.
+twice what is needed, and with chroma repeated, not interpolated, where scaling down averages it; everything else by Pillow.
 Both are cropped and scaled by the same antialiased bicubic filter, in PyTorch's kernels for 8-bit images, which differs from
-Pillow's bicubic by rounding only. The choice is fixed: the same bytes give the same pixels, and so the same tokens, wherever they
-are decoded.
+Pillow's bicubic by rounding only. The choice is fixed: the same bytes give the same pixels, and so the same tokens, wherever
+they are decoded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Units of a generating job in their places, whoever made the pictures: files, what the gallery shows, last the manifest's part."""
+"""Units of a generating job put in place, whoever made the pictures: files, what the gallery shows, last the manifest's part."""
 
 from __future__ import annotations
 
