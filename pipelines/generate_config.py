@@ -33,7 +33,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 def api_settings(sampling: SamplingConfig) -> dict[str, Any]:
     """The sampler's settings by the HTTP API's names. Raises InputError for those that it has no names for."""
     steps, first = sampling.num_inference_steps, sampling.at(0)
-    by_api = {"num_inference_steps": steps, "guidance_scale": first.cfg, "temperature": first.temperature}
+    by_api: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": first.cfg, "temperature": first.temperature}
     allowed = requests.sampling(**by_api)
     same = [sampling.at(step) == allowed.at(step) for step in range(steps)]
     others = [each.name for each in dataclasses.fields(SamplingConfig) if each.name not in ("temperature", "cfg")]
