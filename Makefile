@@ -28,8 +28,8 @@ serve: setup ## HTTP endpoint and page for the demo's model (MODEL=directory or 
 mlflow: setup ## The MLflow UI on the runs under runs/
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db $(ARGS)
 
-test: setup ## All tests but the slow ones, with coverage of paella/
-	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+test: setup ## All tests but the slow ones, with coverage of paella/; two at a time, for they often wait (ARGS="-n 0" for one)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report=term $(ARGS)
 
 test-slow: setup ## The long kill and soak tests
 	$(BIN)/python -m pytest -m slow $(ARGS)
