@@ -82,7 +82,7 @@ def scatter(shuffle_rows: int, num_rows: int = 20_000_000, num_batches: int = 30
 def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         dataset = TokenDataset(write(Path(directory)))
-        columns = dataset.columns(clip=False)
+        columns = dataset.columns()
         began = time.perf_counter()
         for file, _ in dataset.shards:
             pq.read_table(f"{directory}/{file}", columns=columns)

@@ -142,21 +142,23 @@ class TextToTokens(nn.Module):
         self,
         tokens: Tensor,
         t: Tensor,
-        ids: Tensor,
+        text: Tensor,
         mask: Tensor,
         keep: Keep,
         clip: Tensor | None = None,
         clip_image: Tensor | None = None,
     ) -> Tensor:
-        """Features (B,C,H,W) of tokens (B,H,W) at t (B,); ids and mask (B,S), clip and clip_image (B,D).
+        """Features (B,C,H,W) of tokens (B,H,W) at t (B,), text, which is ids (B,S) of captions or their states (B,S,D), its mask
+        (B,S), clip and clip_image (B,D).
 
         What is not kept is zeros (text) or not attended to (image embeddings), as in sampling without it.
         """
-        states = self.text.states(ids, mask) * keep.caption[:, None, None]
+        states = text if text.is_floating_point() else self.text.states(text, mask)
+        states = states * keep.caption[:, None, None]
         if clip is not None and clip_image is not None:
             number = self.config.clip_seq_len
-            text = mask.new_ones(len(mask), number)
-            mask = torch.cat([mask, text, keep.clip_image[:, None].expand(-1, number)], dim=1)
+            heard = mask.new_ones(len(mask), number)
+            mask = torch.cat([mask, heard, keep.clip_image[:, None].expand(-1, number)], dim=1)
             clip = clip * (keep.caption & keep.clip)[:, None]
         return self.unet.features(tokens, t, byt5=states, byt5_mask=mask, clip=clip, clip_image=clip_image)
 

@@ -16,6 +16,9 @@ from pipelines.held_out import split_rows
 from pipelines.token_format import CLIP_COLUMNS, TokenFormat
 from pipelines.token_order import Piece
 
+STATES = ("byt5", "byt5_length")
+"""Columns of the text encoder's states."""
+
 
 @dataclass(frozen=True)
 class ClipBatch:
@@ -32,12 +35,14 @@ class ClipBatch:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """tokens (B,H,W) int64, captions and ids of one worker's part of a global batch, and their CLIP embeddings if asked for."""
+    """tokens (B,H,W) int64, captions and ids of one worker's part of a global batch; if asked for, CLIP embeddings, and the text
+    encoder's states (L,D) float16 of each caption."""
 
     tokens: np.ndarray
     captions: list[str]
     ids: list[str]
     clip: ClipBatch | None = None
+    states: list[np.ndarray] | None = None
 
 
 class TokenDataset:
@@ -77,9 +82,17 @@ class TokenDataset:
             raise ValueError(f"{self.uri} has no CLIP embeddings (columns {' and '.join(CLIP_COLUMNS)})")
         return self.format.clip_embd
 
-    def columns(self, clip: bool, tokens: bool = True) -> list[str]:
-        """The columns of a batch: with tokens and captions, with CLIP embeddings."""
-        return ["id", *(("tokens", "caption") if tokens else ()), *(CLIP_COLUMNS if clip else ())]
+    def require_states(self, encoder: str | None) -> None:
+        """Raises ValueError where there are no states of captions by this text encoder, named by name or digest."""
+        if self.format.byt5_embd is None:
+            raise ValueError(f"{self.uri} has no states of a text encoder: tokenize with --byt5, or train without stored_text")
+        if self.format.byt5 != encoder:
+            raise ValueError(f"the states in {self.uri} are of the text encoder {self.format.byt5}, but the model has {encoder}")
+
+    def columns(self, *, tokens: bool = True, clip: bool = False, states: bool = False) -> list[str]:
+        """The columns of a batch: with tokens and captions, with CLIP embeddings, with the text encoder's states."""
+        own = ("tokens", "caption") if tokens else ()
+        return ["id", *own, *(CLIP_COLUMNS if clip else ()), *(STATES if states else ())]
 
     def read(self, pieces: Sequence[Piece], columns: list[str]) -> pa.Table:
         """Pieces of shards, end to end; of a shard only the row groups that hold wanted rows are read."""
@@ -96,26 +109,26 @@ class TokenDataset:
             first = int(ends[groups[0]]) - sizes[groups[0]]
             return file.read_row_groups(list(groups), columns).slice(piece.start - first, piece.stop - piece.start)
 
-    def head(self, num: int, *, clip: bool = False) -> TokenBatch:
+    def head(self, num: int, *, clip: bool = False, states: bool = False) -> TokenBatch:
         """The first rows as they are stored, at most `num`."""
         pieces, left = [], num
         for shard, (_, rows) in enumerate(self.shards):
             pieces += [Piece(shard, 0, min(rows, left))] if min(rows, left) else []
             left -= min(rows, left)
-        return self.to_batch(self.read(pieces, self.columns(clip)), clip)
+        return self.to_batch(self.read(pieces, self.columns(clip=clip, states=states)))
 
     def rows(self, file: str, rows: list[int]) -> TokenBatch:
         """Some rows of one shard, in their order there."""
         shard = next(index for index, (name, _) in enumerate(self.shards) if name == file)
-        table = self.read([Piece(shard, 0, self.shards[shard][1])], self.columns(clip=False))
-        return self.to_batch(table.take(rows), clip=False)
+        table = self.read([Piece(shard, 0, self.shards[shard][1])], self.columns())
+        return self.to_batch(table.take(rows))
 
-    def held_out(self, *, clip: bool = False) -> TokenBatch:
+    def held_out(self, *, clip: bool = False, states: bool = False) -> TokenBatch:
         """The rows that `hold_out` keeps from training, at most as many as it says."""
         pieces = [Piece(*piece) for piece in self.held_out_rows]
-        columns = self.columns(clip)
+        columns = self.columns(clip=clip, states=states)
         table = self.read(pieces, columns) if pieces else self.format.schema().empty_table().select(columns)
-        return self.to_batch(table, clip)
+        return self.to_batch(table)
 
     def to_clip(self, table: pa.Table) -> ClipBatch:
         """The CLIP columns of a table."""
@@ -126,12 +139,18 @@ class TokenDataset:
         text[~complete] = image[~complete] = 0
         return ClipBatch(text, image, complete, table["id"].to_pylist())
 
-    def to_batch(self, table: pa.Table, clip: bool) -> TokenBatch:
-        """The columns of a table, with or without those of CLIP."""
+    def to_batch(self, table: pa.Table) -> TokenBatch:
+        """The columns of a table."""
         tokens = table["tokens"].combine_chunks().flatten().to_numpy()
         grid = tokens.reshape(-1, self.format.grid_height, self.format.grid_width).astype(np.int64)
-        embeddings = self.to_clip(table) if clip else None
-        return TokenBatch(grid, table["caption"].to_pylist(), table["id"].to_pylist(), embeddings)
+        clip = self.to_clip(table) if CLIP_COLUMNS[0] in table.column_names else None
+        states = self._states(table) if STATES[0] in table.column_names else None
+        return TokenBatch(grid, table["caption"].to_pylist(), table["id"].to_pylist(), clip, states)
+
+    def _states(self, table: pa.Table) -> list[np.ndarray]:
+        assert self.format.byt5_embd is not None
+        flat = table["byt5"].combine_chunks().flatten().to_numpy().reshape(-1, self.format.byt5_embd)
+        return np.split(flat, np.cumsum(table["byt5_length"].to_numpy())[:-1])
 
 
 def require_vqgan(format: TokenFormat, digests: Sequence[str], uri: str) -> None:

@@ -15,6 +15,8 @@ from pipelines.token_dataset import ClipBatch, TokenBatch, TokenDataset
 from pipelines.token_order import TokenOrder, Window, rows_before
 
 SHUFFLE_ROWS = 100_000
+SHUFFLE_STATES = 2_000
+"""The same where rows have a text encoder's states: half a megabyte each."""
 READY_BATCHES = 4
 READING_THREADS = 4
 
@@ -47,20 +49,22 @@ class TokenStream:
             TokenOrder([rows for _, rows in dataset.shards], seed, global_batch_size, shuffle_rows) for dataset in datasets
         ]
 
-    def batches(self, rank: int = 0, world_size: int = 1, start_step: int = 0, *, clip: bool = False) -> Iterator[TokenBatch]:
-        """One worker's slices of the global batches start_step, start_step + 1, … with CLIP embeddings if asked for."""
+    def batches(
+        self, rank: int = 0, world_size: int = 1, start_step: int = 0, *, clip: bool = False, states: bool = False
+    ) -> Iterator[TokenBatch]:
+        """One worker's slices of the global batches start_step, start_step + 1, … if asked for with CLIP embeddings and the text
+        encoder's states."""
         if clip:
             self._require_clip()
         first = self.datasets[0]
-        columns = first.columns(clip)
-        tables = self._slices(columns, rank, world_size, start_step)
-        return prefetched((first.to_batch(table, clip) for table in tables), READY_BATCHES)
+        tables = self._slices(first.columns(clip=clip, states=states), rank, world_size, start_step)
+        return prefetched((first.to_batch(table) for table in tables), READY_BATCHES)
 
     def clip_batches(self, rank: int = 0, world_size: int = 1, start_step: int = 0) -> Iterator[ClipBatch]:
         """The CLIP embeddings of the same rows as those of `batches`."""
         self._require_clip()
         first = self.datasets[0]
-        tables = self._slices(first.columns(clip=True, tokens=False), rank, world_size, start_step)
+        tables = self._slices(first.columns(tokens=False, clip=True), rank, world_size, start_step)
         return prefetched((first.to_clip(table) for table in tables), READY_BATCHES)
 
     def _require_clip(self) -> None:

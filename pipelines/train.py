@@ -26,7 +26,6 @@ from pipelines.gauges import TrainingGauges
 from pipelines.progress import Progress
 from pipelines.samples import Samples
 from pipelines.sight import Trace, Utilisation
-from pipelines.token_stream import TokenStream
 from pipelines.train_config import TrainConfig, check_data, presets, resolved
 from pipelines.train_step import train_step
 from pipelines.validation import Validation
@@ -65,6 +64,8 @@ def train_worker(arguments: dict) -> None:
     vqgan = load_vqgan(config.vqgan)[0]
     initial_weights.initialise(model, vqgan.vquantizer.codebook.weight, config)
     model, vqgan = model.to(device).train(), vqgan.to(device)
+    if config.stored_text:
+        model.text.free()  # only sheets of samples need it
     num_parameters = count_parameters(model)
     shard(model, dtype, config.parallel)
     optimizers = config.optim.optimizers(model)
@@ -87,11 +88,9 @@ def train_worker(arguments: dict) -> None:
     if rank == 0:
         print(f"{num_parameters / 1e6:.1f} M parameters on {world_size} workers, from step {training.step}", flush=True)
     progress = Progress("train", config.steps, training.step, enabled=rank == 0)
-    stream = TokenStream(
-        config.training_data(), seed=config.seed, global_batch_size=config.global_batch_size, weights=config.data_weights
-    )
+    stream = config.token_stream()
     clip = config.model.text.clip is not None
-    batches = functools.partial(stream.batches, rank, world_size, clip=clip)
+    batches = functools.partial(stream.batches, rank, world_size, clip=clip, states=config.stored_text)
     for step, batch in training.steps(lambda start: use.watched(batches(start))):
         trace.before(step)
         sums, norm, lr = train_step(model, optimizers, config, step, batch, device, training.guard)

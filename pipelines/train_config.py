@@ -15,10 +15,11 @@ from paella.parallel import ParallelConfig
 from paella.sampler import SamplingConfig
 from paella.training import NoiseConfig, OptimConfig
 from pipelines import cli, loop
+from pipelines.clip_columns import clip_digest
 from pipelines.recovery import RecoveryConfig
 from pipelines.sight import steps_of
 from pipelines.token_dataset import TokenDataset, require_vqgan
-from pipelines.token_stream import require_mixture
+from pipelines.token_stream import SHUFFLE_ROWS, SHUFFLE_STATES, TokenStream, require_mixture
 
 C = TypeVar("C")
 
@@ -55,6 +56,8 @@ class TrainConfig:
     """Of forward and backward: bf16, float32, or auto (bf16 where the hardware multiplies it)."""
     ema_decay: float = 0.9999
     """Decay of the averaged weights, which sampling uses."""
+    stored_text: bool = False
+    """Take the states of captions from the datasets, where `tokenize_images --byt5` put them, and not from the text encoder."""
     label_smoothing: float = 0.1
     """Of the cross-entropy."""
     noise: NoiseConfig = field(default_factory=NoiseConfig)
@@ -109,6 +112,16 @@ class TrainConfig:
         """The datasets without the rows that are held out. Raises ValueError where there is no such dataset."""
         return [TokenDataset(self.data, hold_out=self.validation_images), *(TokenDataset(uri) for uri in self.more_data)]
 
+    def token_stream(self) -> TokenStream:
+        """Batches of them. Raises ValueError where they cannot be mixed."""
+        return TokenStream(
+            self.training_data(),
+            seed=self.seed,
+            global_batch_size=self.global_batch_size,
+            weights=self.data_weights,
+            shuffle_rows=SHUFFLE_STATES if self.stored_text else SHUFFLE_ROWS,
+        )
+
 
 def presets() -> dict[str, TrainConfig]:
     """Training settings for each model preset; `data`, `vqgan` and `output` have to be given."""
@@ -139,7 +152,9 @@ def presets() -> dict[str, TrainConfig]:
 
 def resolved(config: TrainConfig) -> TrainConfig:
     """The config with absolute paths: workers run in directories of their own."""
-    text = dataclasses.replace(config.model.text, clip=cli.absolute_if_directory(config.model.text.clip))
+    text = config.model.text
+    encoders = {name: cli.absolute_if_directory(getattr(text, name)) for name in ("byt5", "clip")}
+    text = dataclasses.replace(text, **encoders)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, text=text),
@@ -200,6 +215,12 @@ def check_data(config: TrainConfig) -> None:
         raise ValueError(
             f"{config.data} has CLIP embeddings of width {width}, the model's clip_embd is {config.model.unet.clip_embd}"
         )
+    if config.stored_text:
+        text = config.model.text
+        if text.new_byt5 is not None:
+            raise ValueError("stored_text=True is not allowed: this model trains its own text encoder, whose states change")
+        for each in datasets:
+            each.require_states(clip_digest(text.byt5))
     sample_prompts(config)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from paella.parallel import sum_gradients_with
 from paella.training import Draws, TextToTokens, draw_noise, loss_and_metrics
@@ -66,6 +67,16 @@ def split(
     for first in range(0, len(tokens), size):
         part = slice(first, first + size)
         mine = draws[part].to(device)
-        text = model.text.tokenize(batch.captions[part])
-        inputs = [value.to(device) for value in (text.ids, text.mask, *(each[part] for each in clip))]
+        inputs = [value.to(device) for value in (*text_of(model, batch, part), *(each[part] for each in clip))]
         yield tokens[part].to(device), [mine.noised, mine.t, *inputs[:2], mine.keep, *inputs[2:]], mine
+
+
+def text_of(model: TextToTokens, batch: TokenBatch, part: slice) -> tuple[Tensor, Tensor]:
+    """Padded ids (B,S) of captions, or their states (B,S,D) where the batch has them; and a mask (B,S), True where one counts."""
+    if batch.states is None:
+        text = model.text.tokenize(batch.captions[part])
+        return text.ids, text.mask
+    states = [torch.from_numpy(each.copy()) for each in batch.states[part]]
+    lengths = torch.tensor([len(each) for each in states])
+    padded = pad_sequence(states, batch_first=True).to(next(model.text.parameters()).dtype)
+    return padded, torch.arange(padded.shape[1]) < lengths[:, None]

@@ -42,7 +42,9 @@ class Validation:
     def __init__(self, config: TrainConfig, vqgan: VQModel, mlflow_run: tracking.Run, device: torch.device) -> None:
         self.config, self.vqgan, self.mlflow_run, self.device = config, vqgan, mlflow_run, device
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        rows = TokenDataset(config.data, hold_out=config.validation_images).held_out(clip=config.model.text.clip is not None)
+        rows = TokenDataset(config.data, hold_out=config.validation_images).held_out(
+            clip=config.model.text.clip is not None, states=config.stored_text
+        )
         draws = fixed_noise(rows.tokens, config.model.unet.num_labels)
         num_images = len(rows.ids) // world_size * world_size
         mine = slice(rank, num_images, world_size)
@@ -107,4 +109,6 @@ def part_of(batch: TokenBatch, rows: slice) -> TokenBatch:
     clip = batch.clip
     if clip is not None:
         clip = ClipBatch(clip.text[rows], clip.image[rows], clip.complete[rows], clip.ids[rows])
-    return replace(batch, tokens=batch.tokens[rows], captions=batch.captions[rows], ids=batch.ids[rows], clip=clip)
+    states = None if batch.states is None else batch.states[rows]
+    parts = {"tokens": batch.tokens[rows], "captions": batch.captions[rows], "ids": batch.ids[rows]}
+    return replace(batch, **parts, clip=clip, states=states)
