@@ -153,8 +153,8 @@ def presets() -> dict[str, TrainConfig]:
 def resolved(config: TrainConfig) -> TrainConfig:
     """The config with absolute paths: workers run in directories of their own."""
     text = config.model.text
-    encoders = {name: cli.absolute_if_directory(getattr(text, name)) for name in ("byt5", "clip")}
-    text = dataclasses.replace(text, **encoders)
+    byt5, clip = cli.absolute_if_directory(text.byt5) or text.byt5, cli.absolute_if_directory(text.clip)
+    text = dataclasses.replace(text, byt5=byt5, clip=clip)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, text=text),
