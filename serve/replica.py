@@ -142,7 +142,7 @@ class Generator:
             try:
                 if engine.queued + order.num_images > engine.config.max_queued_images:  # before any image is decoded
                     raise QueueFull(engine.wait_s())
-                planned: Plan = await asyncio.get_running_loop().run_in_executor(None, plan, engine.bundle, order)
+                planned: Plan = await asyncio.wrap_future(engine.preparing.submit(plan, engine.bundle, order))
                 ticket = engine.submit(planned.tasks)
                 yield self._accepted(order, planned, engine.bundle.digest)
                 async for event in ticket:
