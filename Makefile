@@ -4,10 +4,10 @@ BIN := .venv/bin
 MODEL ?= runs/demo/train/model
 ARGS ?=
 
-.PHONY: help setup demo serve mlflow test test-slow lint format type bench clean
+.PHONY: help setup demo serve mlflow cluster-local cluster-down test test-slow lint format type bench clean
 
 help: ## This list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: .venv/.installed ## Create .venv with the exact versions of constraints.txt
 
@@ -27,6 +27,12 @@ serve: setup ## HTTP endpoint and page for the demo's model (MODEL=directory or 
 
 mlflow: setup ## The MLflow UI on the runs under runs/
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db $(ARGS)
+
+cluster-local: setup ## A Ray cluster of several nodes here, with S3 and MLflow on PostgreSQL
+	$(BIN)/python cluster/local.py up
+
+cluster-down: ## End it
+	$(BIN)/python cluster/local.py down
 
 test: setup ## All tests but the slow ones, with coverage of paella/; two at a time, for they often wait (ARGS="-n 0" for one)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report=term $(ARGS)
