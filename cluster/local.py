@@ -195,12 +195,28 @@ def _start_ray(state: State) -> None:
     command = [
         BIN / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}", "--num-cpus=0",
         f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--ray-client-server-port={client}",
-        f"--temp-dir={state.directory / 'ray'}", *_node_flags(),
+        *_node_flags(state.directory / "head"),
     ]  # fmt: skip
     state.start("head", command, PATH=f"{BIN}:{os.environ['PATH']}")
-    _wait(state, "Ray", lambda: _run([BIN / "ray", "job", "list"], **state.variables))
-    for _ in range(NODES):
+    _wait_for_nodes(state, 1)
+    for number in range(NODES):  # one after the other: Ray gives each no more than 30 s
         node(state)
+        _wait_for_nodes(state, 2 + number)
+
+
+def _wait_for_nodes(state: State, number: int) -> None:
+    _wait(state, f"node {number} of Ray", lambda: _require_nodes(state.variables, number))
+
+
+def _require_nodes(variables: Mapping[str, str], number: int) -> None:
+    """Raises an error of some kind where the dashboard does not know of so many nodes."""
+    headers = {"authorization": f"Bearer {variables['RAY_AUTH_TOKEN']}"}
+    request = urllib.request.Request(f"{variables['RAY_API_SERVER_ADDRESS']}/nodes?view=summary", headers=headers)
+    with urllib.request.urlopen(request, timeout=5) as answer:
+        nodes = json.load(answer)["data"]["summary"]
+    alive = sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
+    if alive < number:
+        raise RuntimeError(f"{alive} of {number} nodes are there")
 
 
 def node(state: State | None = None) -> None:
@@ -208,16 +224,19 @@ def node(state: State | None = None) -> None:
     state = state or State()
     if state.directory is None:
         raise ValueError("no cluster runs: make cluster-local starts one")
-    number = sum(process["name"].startswith("node-") for process in state.processes) + 1
-    address = f"--address={state.variables['PAELLA_GCS']}"
-    command = [BIN / "ray", "start", "--block", address, "--node-ip-address=127.0.0.1", f"--num-cpus={CPUS}", *_node_flags()]
-    state.start(f"node-{number}", command, PATH=f"{BIN}:{os.environ['PATH']}")
+    name = f"node-{1 + sum(process['name'].startswith('node-') for process in state.processes)}"
+    command = [
+        BIN / "ray", "start", "--block", f"--address={state.variables['PAELLA_GCS']}", "--node-ip-address=127.0.0.1",
+        f"--num-cpus={CPUS}", *_node_flags(state.directory / name),
+    ]  # fmt: skip
+    state.start(name, command, PATH=f"{BIN}:{os.environ['PATH']}")
 
 
-def _node_flags() -> list[str]:
+def _node_flags(directory: Path) -> list[str]:
+    """A node has a directory of its own: in one that they share, each takes the code of a job away when it fetches it anew."""
     names = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port")
     ports = [f"--{name}={port}" for name, port in zip(names, _free_ports(len(names)), strict=True)]
-    return [*ports, f"--object-store-memory={200 * 2**20}", "--disable-usage-stats"]
+    return [*ports, f"--temp-dir={directory}", f"--object-store-memory={200 * 2**20}", "--disable-usage-stats"]
 
 
 def _write_files(state: State) -> None:
