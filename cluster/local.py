@@ -1,6 +1,6 @@
 """A Ray cluster of several nodes on this machine, an S3 server and MLflow on PostgreSQL: what the manifests start, as processes.
 
-    python cluster/local.py up      # make cluster-local: two nodes of two CPUs and a head without work
+    python cluster/local.py up      # make cluster-local: two nodes and a head without work
     python cluster/local.py node    # one node more, as Kubernetes replaces one that is lost
     python cluster/local.py down    # make cluster-down
 
@@ -33,7 +33,9 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = ROOT / "runs" / "cluster"
 BIN = Path(sys.executable).parent
-NODES, CPUS = 2, 2
+NODES = 2
+CPUS = max(1, (os.cpu_count() or 1) // NODES)
+"""Of a node: workers whose threads wait for the same core take twenty times as long."""
 QUIET = {"stdin": subprocess.DEVNULL, "start_new_session": True}
 
 

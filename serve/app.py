@@ -5,7 +5,8 @@ serve run serve.app:app model=s3://bucket/bundle max_replicas=4
 serve deploy cluster/base/serve.yaml                              # all of it in a file
 """
 
-from __future__ import annotations
+# no `from __future__ import annotations`: Serve looks at what `app` is annotated with to make its arguments of a config's, and
+# would see a string
 
 from pathlib import Path
 from typing import Literal

@@ -24,12 +24,14 @@ import sqlalchemy
 import yaml
 from conftest import ROOT
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.serve import Application
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 
 from paella import command_line
 from pipelines import cli, evaluate, generate, tokenize_config, train_config
 from pipelines.workers import _cpus_per_worker
-from serve.app import Arguments
+from serve.app import Arguments, app
 
 CLUSTER = ROOT / "cluster"
 BASE = CLUSTER / "base"
@@ -269,6 +271,16 @@ def test_serve_config_is_right_and_in_one_place(rendered):
         for item in objects:
             if item["kind"] == "RayJob":
                 assert item["spec"]["runtimeEnvYAML"] == (BASE / "runtime_env.yaml").read_text()
+
+
+def test_serve_makes_the_application_of_its_config():
+    """By what `serve deploy` calls."""
+    (application,) = yaml.safe_load((BASE / "serve.yaml").read_text())["applications"]
+    assert application["import_path"] == "serve.app:app"
+    built = call_user_app_builder_with_args_if_necessary(app, application["args"])
+    assert isinstance(built, Application)
+    with pytest.raises(ValueError, match="max_replica"):
+        call_user_app_builder_with_args_if_necessary(app, application["args"] | {"max_replica": 2})
 
 
 @pytest.mark.parametrize(
