@@ -1,17 +1,17 @@
-"""A Ray cluster of several nodes on this machine, an S3 server and MLflow on PostgreSQL: what the manifests start, as processes.
+"""A Ray cluster of several nodes on this machine, Redis, S3, and MLflow on PostgreSQL: what the manifests start, as processes.
 
     python cluster/local.py up      # make cluster-local: two nodes and a head without work
     python cluster/local.py node    # one node more, as Kubernetes replaces one that is lost
+    python cluster/local.py head    # another head in place of one that is lost
     python cluster/local.py down    # make cluster-down
 
 `up` leaves `runs/cluster/env`, which a shell reads to find it all, and `runs/cluster/serve.yaml`. What is started is written down
-with its start time before anything else is, so that `down` ends it and nothing else, also after an `up` that was killed.
-PostgreSQL is Debian's (`apt-get install postgresql`), the S3 server SeaweedFS (of the extra `dev`).
+before anything else is, so that `down` ends it and nothing else, also after an `up` that was killed.
+PostgreSQL and Redis are Debian's (`apt-get install postgresql redis-server`), the S3 server SeaweedFS (of the extra `dev`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import secrets
@@ -20,83 +20,45 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
+from processes import Processes, free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = ROOT / "runs" / "cluster"
+FILE = PLACE / "state.json"
 BIN = Path(sys.executable).parent
 NODES = 2
 CPUS = max(1, (os.cpu_count() or 1) // NODES)
 """Of a node: workers whose threads wait for the same core take twenty times as long."""
-QUIET = {"stdin": subprocess.DEVNULL, "start_new_session": True}
-
-
-class State:
-    """Processes and directories that are there because of us."""
-
-    def __init__(self) -> None:
-        self.file = PLACE / "state.json"
-        values = json.loads(self.file.read_text()) if self.file.exists() else {}
-        self.processes: list[dict] = values.get("processes", [])
-        self.directory = Path(values["directory"]) if "directory" in values else None
-        self.variables: dict[str, str] = values.get("variables", {})
-
-    def save(self) -> None:
-        PLACE.mkdir(parents=True, exist_ok=True)
-        values = {"processes": self.processes, "directory": str(self.directory), "variables": self.variables}
-        temporary = self.file.with_suffix(".tmp")
-        temporary.touch(mode=0o600)
-        temporary.write_text(json.dumps(values, indent=1))
-        temporary.replace(self.file)
-
-    def require_alive(self) -> None:
-        """Raises RuntimeError with the end of its log where a process has ended."""
-        for entry in self.processes:
-            if not psutil.pid_exists(entry["pid"]) or psutil.Process(entry["pid"]).status() == psutil.STATUS_ZOMBIE:
-                assert self.directory is not None
-                raise RuntimeError(
-                    f"{entry['name']} has ended: {(self.directory / entry['name']).with_suffix('.log').read_text()[-2000:]}"
-                )
-
-    def start(self, name: str, command: Sequence[object], user: str | None = None, **variables: str) -> None:
-        """A process with a log, written down."""
-        assert self.directory is not None
-        with (self.directory / f"{name}.log").open("w") as log:
-            environment = os.environ | self.variables | variables
-            process = subprocess.Popen(
-                [str(part) for part in command], env=environment, user=user, stdout=log, stderr=log, cwd=self.directory, **QUIET
-            )
-        self.processes.append({"name": name, "pid": process.pid, "created": psutil.Process(process.pid).create_time()})
-        self.save()
 
 
 def up() -> None:
     """Start everything. Raises ValueError where it runs already, or where something is missing."""
-    state = State()
-    if state.directory is not None:
+    state = Processes(FILE)
+    if state.place is not None:
         raise ValueError(f"there is a cluster already ({state.file}): make cluster-down ends it")
-    postgres = _postgres()
-    state.directory = Path(tempfile.mkdtemp(prefix="paella-"))  # short: Ray puts sockets there
+    postgres, redis = _postgres(), _redis()
+    state.place = tempfile.mkdtemp(prefix="paella-")  # short: Ray puts sockets there
     state.directory.chmod(0o755)
     state.save()
     try:
         _start_s3(state)
         _start_mlflow(state, postgres)
+        _start_redis(state, redis)
         _start_ray(state)
     except BaseException:
         down()
         raise
     _write_files(state)
     print(f"a cluster of {NODES} nodes, S3 and MLflow run; `set -a && . {PLACE}/env` finds them, make cluster-down ends them")
-    print(f"dashboard {state.variables['RAY_API_SERVER_ADDRESS']}  MLflow {state.variables['MLFLOW_TRACKING_URI']}")
+    places = {"dashboard": "RAY_API_SERVER_ADDRESS", "MLflow": "MLFLOW_TRACKING_URI", "the service, once deployed,": "PAELLA_URL"}
+    print("\n".join(f"{what} {state.variables[name]}" for what, name in places.items()))
 
 
 def _postgres() -> Path:
@@ -108,10 +70,15 @@ def _postgres() -> Path:
     return found[-1].parent if found else Path(str(path)).parent
 
 
-def _start_s3(state: State) -> None:
-    assert state.directory is not None
+def _redis() -> str:
+    if (path := shutil.which("redis-server")) is None:
+        raise ValueError("there is no Redis, in which the head keeps what it knows: apt-get install redis-server")
+    return path
+
+
+def _start_s3(state: Processes) -> None:
     flags = [f"-{name}.port{kind}" for name in ("master", "volume", "filer", "s3") for kind in ("", ".grpc")]
-    ports = dict(zip(flags, _free_ports(len(flags)), strict=True))
+    ports = dict(zip(flags, free_ports(len(flags)), strict=True))
     state.variables |= {
         "AWS_ACCESS_KEY_ID": "local",
         "AWS_SECRET_ACCESS_KEY": secrets.token_hex(16),
@@ -129,7 +96,7 @@ def _start_s3(state: State) -> None:
         f"-s3.config={config}", "-volume.max=50", "-master.volumeSizeLimitMB=64", "-s3.port.iceberg=0", "-s3.port.lance=0",
     ]  # fmt: skip
     state.start("s3", command)
-    _wait(state, "the S3 server", lambda: _make_bucket(state.variables))
+    state.wait("the S3 server", lambda: _make_bucket(state.variables))
 
 
 def _make_bucket(variables: Mapping[str, str]) -> None:
@@ -151,11 +118,10 @@ def _s3(variables: Mapping[str, str]) -> Any:
     )
 
 
-def _start_mlflow(state: State, postgres: Path) -> None:
+def _start_mlflow(state: Processes, postgres: Path) -> None:
     """PostgreSQL refuses root, for whom Debian's user runs it."""
-    assert state.directory is not None
     user = "postgres" if os.geteuid() == 0 else None
-    data, port, http = state.directory / "postgres", *_free_ports(2)
+    data, port, http = state.directory / "postgres", *free_ports(2)
     data.mkdir()
     if user is not None:
         shutil.chown(data, user)
@@ -172,19 +138,26 @@ def _start_mlflow(state: State, postgres: Path) -> None:
     flags = [part for setting in settings for part in ("-c", setting)]
     state.start("postgres", [postgres / "postgres", "-D", data, *flags], user)
     create = [postgres / "createdb", "-h", "127.0.0.1", "-p", port, "-U", "mlflow", "mlflow"]
-    _wait(state, "PostgreSQL", lambda: _run(create, PGPASSWORD=password))
+    state.wait("PostgreSQL", lambda: _run(create, PGPASSWORD=password))
     state.variables["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{http}"
     command = [
         BIN / "mlflow", "server", "--host=127.0.0.1", f"--port={http}", "--workers=1",
         f"--backend-store-uri=postgresql+psycopg2://mlflow:{password}@127.0.0.1:{port}/mlflow", "--artifacts-destination=s3://paella/mlflow",
     ]  # fmt: skip
     state.start("mlflow", command, MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
-    _wait(state, "MLflow", lambda: urllib.request.urlopen(f"http://127.0.0.1:{http}/health", timeout=5).close())
+    state.wait("MLflow", lambda: urllib.request.urlopen(f"http://127.0.0.1:{http}/health", timeout=5).close())
 
 
-def _start_ray(state: State) -> None:
-    assert state.directory is not None
-    gcs, dashboard, client = _free_ports(3)
+def _start_redis(state: Processes, program: str) -> None:
+    """Without a password, as Ray 2.60's drivers abort with one."""
+    (port,) = free_ports(1)
+    state.start("redis", [program, "--bind", "127.0.0.1", "--port", port, "--dir", state.directory, "--appendonly", "yes"])
+    state.variables["PAELLA_REDIS"] = f"127.0.0.1:{port}"
+    state.wait("Redis", lambda: socket.create_connection(("127.0.0.1", port), timeout=5).close())
+
+
+def _start_ray(state: Processes) -> None:
+    gcs, dashboard, service = free_ports(3)
     state.variables |= {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -192,22 +165,53 @@ def _start_ray(state: State) -> None:
         "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{dashboard}",  # what `serve` calls it
         "RAY_USAGE_STATS_ENABLED": "0",
         "PAELLA_API_KEYS": secrets.token_hex(16),
+        "PAELLA_URL": f"http://127.0.0.1:{service}",
         "PAELLA_GCS": f"127.0.0.1:{gcs}",
     }
-    command = [
-        BIN / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}", "--num-cpus=0",
-        f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--ray-client-server-port={client}",
-        *_node_flags(state.directory / "head"),
-    ]  # fmt: skip
-    state.start("head", command, PATH=f"{BIN}:{os.environ['PATH']}")
-    _wait_for_nodes(state, 1)
+    head(state)
     for number in range(NODES):  # one after the other: Ray gives each no more than 30 s
         node(state)
         _wait_for_nodes(state, 2 + number)
 
 
-def _wait_for_nodes(state: State, number: int) -> None:
-    _wait(state, f"node {number} of Ray", lambda: _require_nodes(state.variables, number))
+def head(state: Processes | None = None) -> None:
+    """Start a head; it goes on with what Redis has kept of the one before. Raises ValueError where no cluster runs."""
+    state = state or _running()
+    gcs, dashboard = (state.variables[name].rsplit(":", 1)[1] for name in ("PAELLA_GCS", "RAY_API_SERVER_ADDRESS"))
+    flags = ["--head", "--num-cpus=0", f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
+    flags.append(f"--ray-client-server-port={free_ports(1)[0]}")
+    _start_node(state, "head", flags, RAY_REDIS_ADDRESS=state.variables["PAELLA_REDIS"])
+    _wait_for_nodes(state, 1)
+
+
+def node(state: Processes | None = None) -> None:
+    """Start a node. Raises ValueError where no cluster runs."""
+    state = state or _running()
+    flags = [f"--address={state.variables['PAELLA_GCS']}", f"--num-cpus={CPUS}"]
+    _start_node(state, "node", flags, RAY_gcs_rpc_server_reconnect_timeout_s="600")  # while there is no head; KubeRay sets it too
+
+
+def _running() -> Processes:
+    state = Processes(FILE)
+    if state.place is None:
+        raise ValueError("no cluster runs: make cluster-local starts one")
+    return state
+
+
+def _start_node(state: Processes, role: str, flags: list[str], **variables: str) -> None:
+    """Each has a directory of its own: in one that they share, each takes the code of a job away when it fetches it anew."""
+    name = f"{role}-{sum(process['name'].startswith(role) for process in state.processes) + 1}"
+    kinds = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export")
+    ports = [f"--{kind}-port={port}" for kind, port in zip(kinds, free_ports(len(kinds)), strict=True)]
+    command = [
+        BIN / "ray", "start", "--block", "--node-ip-address=127.0.0.1", f"--temp-dir={state.directory / name}",
+        f"--object-store-memory={200 * 2**20}", "--disable-usage-stats", *flags, *ports,
+    ]  # fmt: skip
+    state.start(name, command, PATH=f"{BIN}:{os.environ['PATH']}", **variables)
+
+
+def _wait_for_nodes(state: Processes, number: int) -> None:
+    state.wait(f"node {number} of Ray", lambda: _require_nodes(state.variables, number))
 
 
 def _require_nodes(variables: Mapping[str, str], number: int) -> None:
@@ -221,32 +225,11 @@ def _require_nodes(variables: Mapping[str, str], number: int) -> None:
         raise RuntimeError(f"{alive} of {number} nodes are there")
 
 
-def node(state: State | None = None) -> None:
-    """Start a node. Raises ValueError where no cluster runs."""
-    state = state or State()
-    if state.directory is None:
-        raise ValueError("no cluster runs: make cluster-local starts one")
-    name = f"node-{1 + sum(process['name'].startswith('node-') for process in state.processes)}"
-    command = [
-        BIN / "ray", "start", "--block", f"--address={state.variables['PAELLA_GCS']}", "--node-ip-address=127.0.0.1",
-        f"--num-cpus={CPUS}", *_node_flags(state.directory / name),
-    ]  # fmt: skip
-    state.start(name, command, PATH=f"{BIN}:{os.environ['PATH']}")
-
-
-def _node_flags(directory: Path) -> list[str]:
-    """A node has a directory of its own: in one that they share, each takes the code of a job away when it fetches it anew."""
-    names = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port")
-    ports = [f"--{name}={port}" for name, port in zip(names, _free_ports(len(names)), strict=True)]
-    return [*ports, f"--temp-dir={directory}", f"--object-store-memory={200 * 2**20}", "--disable-usage-stats"]
-
-
-def _write_files(state: State) -> None:
+def _write_files(state: Processes) -> None:
     """The code on S3, where jobs and service take it from; a Serve config for this machine; variables for shells."""
     values = yaml.safe_load((ROOT / "cluster" / "base" / "serve.yaml").read_text())
-    values["http_options"] = {"host": "127.0.0.1", "port": _free_ports(1)[0]}
+    values["http_options"] = {"host": "127.0.0.1", "port": int(state.variables["PAELLA_URL"].rsplit(":", 1)[1])}
     (PLACE / "serve.yaml").write_text(yaml.safe_dump(values))
-    assert state.directory is not None
     archive = state.directory / "code.zip"
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
         for package in ("paella", "pipelines", "serve"):
@@ -261,20 +244,8 @@ def _write_files(state: State) -> None:
 
 
 def down() -> None:
-    """End what was started, children and all, and remove its directory."""
-    state = State()
-    alive = []
-    for entry in state.processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process = psutil.Process(entry["pid"])
-            if abs(process.create_time() - entry["created"]) < 0.1:  # not another that has got its number
-                alive += [*process.children(recursive=True), process]
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(alive, timeout=30)
-    if state.directory is not None:
-        shutil.rmtree(state.directory, ignore_errors=True)
+    """End what was started, and leave nothing."""
+    Processes(FILE).end()
     shutil.rmtree(PLACE, ignore_errors=True)
 
 
@@ -282,30 +253,8 @@ def _run(command: Sequence[object], **variables: str) -> None:
     subprocess.run([str(part) for part in command], env=os.environ | variables, check=True, capture_output=True, timeout=60)
 
 
-def _wait(state: State, what: str, ready: Callable[[], object], timeout_s: float = 180) -> None:
-    """Until `ready` raises nothing. Raises RuntimeError where that takes too long, or where a process has ended."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            ready()
-            return
-        except Exception as error:  # each server is not ready in a way of its own
-            state.require_alive()
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"{what} does not answer: {error}") from error
-            time.sleep(0.5)
-
-
-def _free_ports(number: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for one in opened:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in opened]
-
-
 if __name__ == "__main__":
-    actions = {"up": up, "node": node, "down": down}
+    actions = {"up": up, "node": node, "head": head, "down": down}
     if len(sys.argv) != 2 or sys.argv[1] not in actions:
         raise SystemExit(f"error: say one of {', '.join(actions)}")
     try:

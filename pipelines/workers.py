@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import signal
 import sys
 import threading
@@ -76,11 +77,20 @@ def fit(worker: Callable[[dict], None], arguments: dict[str, Any], cpus_for_data
 
 
 def _cpus_per_worker(nodes: Sequence[Mapping[str, float]], num_workers: int, cpus_for_data: int) -> float:
-    """CPUs of each worker: what its node has for a GPU, on the node that has least; without GPUs its part of all, a fraction
-    where there are fewer CPUs than workers."""
+    """CPUs of each worker: what its node has for a GPU, on the node that has least; without GPUs the most that nodes have room
+    for, since a worker is on one; a fraction where there are fewer CPUs than workers. Raises ValueError where there are none."""
     shares = [node.get("CPU", 0) / node["GPU"] for node in nodes if node.get("GPU", 0) > 0]
-    share = min(shares) if shares else (int(sum(node.get("CPU", 0) for node in nodes)) - cpus_for_data) / num_workers
-    return int(share) if share >= 1 else share
+    if shares:
+        share = min(shares)
+        return int(share) if share >= 1 else share
+    cpus = [int(node.get("CPU", 0)) for node in nodes]
+    free = sum(cpus) - cpus_for_data
+    if free < 1:
+        raise ValueError("there are no CPUs for workers in the cluster")
+    for share in range(max(cpus), 0, -1):
+        if sum(cpu // share for cpu in cpus) >= num_workers and num_workers * share <= free:
+            return share
+    return 1 / math.ceil(num_workers / free)
 
 
 def _scale(config: Any) -> int | tuple[int, int]:

@@ -365,7 +365,10 @@ def test_machines_over_ssh():
         ([{"CPU": 0}, {"CPU": 80, "GPU": 8}, {"CPU": 12, "GPU": 4}], 12, 0, 3),
         ([{"CPU": 2}], 2, 0, 1),
         ([{"CPU": 4}, {"CPU": 4}], 2, 2, 3),
+        ([{"CPU": 0}, {"CPU": 2}, {"CPU": 2}], 1, 0, 2),  # a worker is on one node
+        ([{"CPU": 3}, {"CPU": 3}, {"CPU": 3}], 4, 0, 1),
         ([{"CPU": 2}], 4, 0, 0.5),
+        ([{"CPU": 1}, {"CPU": 1}], 3, 0, 0.5),
     ],
 )
 def test_a_workers_share_of_the_cpus(nodes, num_workers, cpus_for_data, share):

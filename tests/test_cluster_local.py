@@ -1,17 +1,21 @@
 """The way of cluster/README.md on a cluster of processes: tokenize → train → evaluate → generate → serve by `ray job submit` and
-`serve deploy`, code and data on S3, a node killed in tokenizing and another in training."""
+`serve deploy`, code and data on S3, a node killed in tokenizing and another in training; and the head killed in training."""
 
 import base64
 import contextlib
+import functools
 import io
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import boto3
 import numpy as np
@@ -62,8 +66,8 @@ class Cluster:
     def keys(self, prefix: str) -> list[str]:
         return [item["Key"] for item in self.s3.list_objects_v2(Bucket="paella", Prefix=prefix).get("Contents", [])]
 
-    def submit(self, *command: object, meanwhile: Callable[[], None] = lambda: None, timeout_s: float = 300) -> str:
-        """Run a job to its end; returns its log."""
+    def submit(self, *command: object, meanwhile: Callable[[], None] = lambda: None, fails: bool = False) -> str:
+        """Run a job to its end, and do something as it runs; returns its log."""
         submit = ["ray", "job", "submit", "--runtime-env", ROOT / "cluster" / "base" / "runtime_env.yaml", "--", "python"]
         log = self.root / "job.log"
         with log.open("w") as file:
@@ -71,58 +75,127 @@ class Cluster:
             job = subprocess.Popen(arguments, env=self.environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
             try:
                 meanwhile()
-                code = job.wait(timeout=timeout_s)
+                code = job.wait(timeout=400)
             finally:
                 job.kill()
-        assert code == 0, log.read_text()[-8000:]
+        assert fails == (code != 0), log.read_text()[-8000:]
         return log.read_text()
 
-    def kill_node(self, when: Callable[[], object], running: str, timeout_s: float = 240) -> None:
-        """As soon as something has happened, kill a node on which such a process runs, and start another."""
+    def kill(self, node: str, when: Callable[[], object], running: str = "", timeout_s: float = 240) -> None:
+        """As soon as something has happened, kill such a node, on which such a process runs, and start another in its place."""
         deadline = time.monotonic() + timeout_s
-        while True:
+        while not (when() and (family := self.processes_of(node, running))):
             assert time.monotonic() < deadline, (self.root / "job.log").read_text()[-8000:]
             time.sleep(0.1)
-            if when() and (family := self.node_with(running)):
-                break
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        local("node")
+        local(node)
 
-    def node_with(self, running: str) -> list[psutil.Process]:
-        """The processes of a node on which such a process runs."""
+    def processes_of(self, node: str, running: str) -> list[psutil.Process]:
+        """Of such a node, on which such a process runs."""
         for entry in json.loads((PLACE / "state.json").read_text())["processes"]:
             with contextlib.suppress(psutil.NoSuchProcess):
-                if entry["name"].startswith("node-"):
-                    process = psutil.Process(entry["pid"])
+                process = psutil.Process(entry["pid"])
+                if entry["name"].startswith(node) and abs(process.create_time() - entry["created"]) < 0.1:
                     children = process.children(recursive=True)
                     if any(running in " ".join(child.cmdline()) for child in children):
                         return [process, *children]
         return []
 
+    def deploy(self) -> None:
+        command = ["serve", "deploy", PLACE / "serve.yaml"]
+        subprocess.run(command, env=self.environment, check=True, capture_output=True, timeout=120)
+        deadline = time.monotonic() + 240
+        while True:
+            try:
+                self.picture(timeout_s=120)
+                return
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    status = subprocess.run(["serve", "status"], env=self.environment, capture_output=True, text=True).stdout
+                    raise AssertionError(f"{error}: {status}") from error
+                time.sleep(1)
+
+    def picture(self, timeout_s: float = 30) -> np.ndarray:
+        """By the service. Raises OSError where it does not answer."""
+        body = {"prompt": PROMPT, "seed": 3, "num_inference_steps": 4, "guidance_scale": 4.0, "response_format": "b64_json"}
+        headers = {"content-type": "application/json", "authorization": f"Bearer {self.variables['PAELLA_API_KEYS']}"}
+        url = f"{self.variables['PAELLA_URL']}/v1/images/generations"
+        with urllib.request.urlopen(
+            urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=timeout_s
+        ) as response:
+            (picture,) = json.load(response)["data"]
+        return pixels(io.BytesIO(base64.b64decode(picture["b64_json"])))
+
+
+def pixels(file: Path | io.BytesIO) -> np.ndarray:
+    return np.asarray(Image.open(file).convert("RGB"))
+
 
 @pytest.fixture
 def cluster(tmp_path) -> Iterator[Cluster]:
     local("up")
-    started = [entry["pid"] for entry in json.loads((PLACE / "state.json").read_text())["processes"]]
     directory = Path(json.loads((PLACE / "state.json").read_text())["directory"])
     try:
         yield Cluster(tmp_path)
     finally:
         local("down")
     assert not PLACE.exists() and not directory.exists()
-    assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in started)
+    assert [process for process in psutil.process_iter() if works_in(process, directory)] == []
+
+
+def works_in(process: psutil.Process, directory: Path) -> bool:
+    """Whether a process was started there, as all of the cluster are."""
+    with contextlib.suppress(psutil.Error):
+        return process.cwd().startswith(str(directory))
+    return False
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_from_images_to_an_endpoint_with_two_nodes_lost(cluster):
+    """A node is lost once there are shards, another with a worker once there is a checkpoint."""
+    prepare(cluster)
+    tokenize(cluster, meanwhile=lambda: cluster.kill("node", lambda: len(shards(cluster)) >= 2, "DecodeAndEncode"))
+    log = train(cluster, "train", meanwhile=lambda: cluster.kill("node", lambda: checkpoints(cluster, "train"), "TrainWorker"))
+    assert "from step 0" in log and log.count("from step") >= 2, log[-8000:]
+    assert "models:/paella@newest" in log
+    evaluate(cluster)
+    offline = generated(cluster)
+    cluster.deploy()  # after the jobs: what serves keeps its CPUs
+    assert np.array_equal(cluster.picture(), offline)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_head_is_lost(cluster):
+    """The service answers all the while, and the training job goes on when it is submitted again."""
     prepare(cluster)
     tokenize(cluster)
-    train(cluster)
-    evaluate(cluster)
-    assert np.array_equal(served(cluster), generated(cluster))
+    train(cluster, "first", "--steps", 2)
+    local("node")  # room for a worker beside the service
+    cluster.deploy()
+    pictures, lost, stop = [], [], threading.Event()
+
+    def ask() -> None:
+        while not stop.wait(0.5):
+            try:
+                pictures.append(cluster.picture())
+            except ConnectionError as error:  # what the head's own proxy had under way; on Kubernetes it gets no requests
+                lost.append(error)
+
+    with ThreadPoolExecutor(1) as asking:
+        asked = asking.submit(ask)
+        try:
+            kill = functools.partial(cluster.kill, "head", lambda: checkpoints(cluster, "train"))
+            train(cluster, "train", "--steps", 60, "--num-workers", 1, meanwhile=kill, fails=True)
+            log = train(cluster, "train", "--steps", 60, "--num-workers", 1)
+        finally:
+            stop.set()
+        asked.result()
+    assert "from step 0" not in log and "models:/paella@newest" in log
+    assert len(pictures) > 10 and len(lost) <= 1 and all(np.array_equal(picture, pictures[0]) for picture in pictures)
 
 
 def prepare(cluster: Cluster) -> None:
@@ -138,38 +211,34 @@ def prepare(cluster: Cluster) -> None:
     cluster.upload(cluster.root / "vqgan", "models/vqgan")
 
 
-def tokenize(cluster: Cluster) -> None:
-    """A node is lost once there are shards; every sample is there once."""
+def shards(cluster: Cluster) -> list[str]:
+    return [key for key in cluster.keys("tokens/") if key.endswith(".parquet") and "part-" in key]
 
-    def shards() -> list[str]:
-        return [key for key in cluster.keys("tokens/") if key.endswith(".parquet") and "part-" in key]
 
+def checkpoints(cluster: Cluster, name: str) -> list[str]:
+    return [key for key in cluster.keys(f"checkpoints/{name}/") if key.endswith("manifest.json")]
+
+
+def tokenize(cluster: Cluster, meanwhile: Callable[[], None] = lambda: None) -> None:
+    """Every sample is there once."""
     cluster.submit(
         "pipelines/tokenize_images.py", "--input", "s3://paella/images", "--vqgan", "s3://paella/models/vqgan",
-        "--output", "s3://paella/tokens", "--resolution", 64, "--rows-per-unit", 8,
-        meanwhile=lambda: cluster.kill_node(lambda: len(shards()) >= 2, "DecodeAndEncode"),
+        "--output", "s3://paella/tokens", "--resolution", 64, "--rows-per-unit", 8, meanwhile=meanwhile,
     )  # fmt: skip
     ids = []
-    for key in shards():
+    for key in shards(cluster):
         ids += pq.read_table(io.BytesIO(cluster.s3.get_object(Bucket="paella", Key=key)["Body"].read()))["id"].to_pylist()
     assert len(ids) == len(set(ids)) == NUM_IMAGES
 
 
-def train(cluster: Cluster) -> None:
-    """A node with a worker is lost once there is a checkpoint."""
-
-    def checkpoints() -> list[str]:
-        return [key for key in cluster.keys("checkpoints/train/") if key.endswith("manifest.json")]
-
-    log = cluster.submit(
+def train(cluster: Cluster, name: str, *flags: object, **how: Any) -> str:
+    """Returns the job's log."""
+    return cluster.submit(
         "pipelines/train.py", "tiny", "--data", "s3://paella/tokens", "--vqgan", "s3://paella/models/vqgan",
-        "--output", cluster.root / "train", "--recovery.checkpoints", "s3://paella/checkpoints/train", "--steps", 30,
+        "--output", cluster.root / name, "--recovery.checkpoints", f"s3://paella/checkpoints/{name}", "--steps", 30,
         "--global-batch-size", 8, "--num-workers", 2, "--min-workers", 1, "--checkpoint-every", 5, "--sample-every", 0,
-        "--validation-images", 0, "--validate-every", 0,
-        meanwhile=lambda: cluster.kill_node(checkpoints, "TrainWorker"), timeout_s=400,
+        "--validation-images", 0, "--validate-every", 0, *flags, **how,
     )  # fmt: skip
-    assert "from step 0" in log and log.count("from step") >= 2, log[-8000:]
-    assert "models:/paella@newest" in log
 
 
 def evaluate(cluster: Cluster) -> None:
@@ -188,28 +257,4 @@ def generated(cluster: Cluster) -> np.ndarray:
     arguments = ("--model", "models:/paella@newest", "--prompts", prompts, "--output", output, "--seed", 3, *SAMPLING)
     cluster.submit("pipelines/generate.py", *arguments)
     (picture,) = output.rglob("images/**/*.png")
-    return np.asarray(Image.open(picture).convert("RGB"))
-
-
-def served(cluster: Cluster) -> np.ndarray:
-    """The same picture by the service."""
-    subprocess.run(["serve", "deploy", PLACE / "serve.yaml"], env=cluster.environment, check=True, capture_output=True)
-    port = next(line.split(":")[1].strip() for line in (PLACE / "serve.yaml").read_text().splitlines() if "  port:" in line)
-    body = {"prompt": PROMPT, "seed": 3, "num_inference_steps": 4, "guidance_scale": 4.0, "response_format": "b64_json"}
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/images/generations",
-        json.dumps(body).encode(),
-        {"content-type": "application/json", "authorization": f"Bearer {cluster.variables['PAELLA_API_KEYS']}"},
-    )
-    deadline = time.monotonic() + 240
-    while True:
-        try:
-            with urllib.request.urlopen(request, timeout=120) as response:
-                answer = json.load(response)
-            break
-        except OSError as error:
-            if time.monotonic() > deadline:
-                status = subprocess.run(["serve", "status"], env=cluster.environment, capture_output=True, text=True).stdout
-                raise AssertionError(f"{error}: {status}") from error
-            time.sleep(1)
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"]))).convert("RGB"))
+    return pixels(picture)
