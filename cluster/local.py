@@ -35,7 +35,7 @@ FILE = PLACE / "state.json"
 BIN = Path(sys.executable).parent
 NODES = 2
 CPUS = max(1, (os.cpu_count() or 1) // NODES)
-"""Of a node: workers whose threads wait for the same core take twenty times as long."""
+"""Of a node; of all together no more than there are, or workers wait for each other's threads."""
 
 
 def up() -> None:
