@@ -113,17 +113,18 @@ DECODERS: dict[str, Callable[[bytes], np.ndarray]] = {
 
 
 def decoding(jpegs: Sequence[bytes], rounds: int = 7) -> dict[str, float]:
-    """Milliseconds of CPU for an image of each decoder: for each image the median of rounds in turn; their mean."""
-    seconds: dict[str, list[list[float]]] = {name: [] for name in DECODERS}
-    for jpeg in jpegs:
-        own: dict[str, list[float]] = {name: [] for name in DECODERS}
-        for _ in range(rounds):
-            for name, decode in DECODERS.items():
+    """Milliseconds of CPU for an image of each decoder: for each image the median of rounds in turn; their mean.
+
+    In a round a decoder takes all images one after the other, as a worker does: behind another decoder's image, its own code and
+    buffers would have left the caches.
+    """
+    seconds: dict[str, list[list[float]]] = {name: [[] for _ in jpegs] for name in DECODERS}
+    for _ in range(rounds):
+        for name, decode in DECODERS.items():
+            for own, jpeg in zip(seconds[name], jpegs, strict=True):
                 began = time.thread_time()
                 decode(jpeg)
-                own[name].append(time.thread_time() - began)
-        for name, values in own.items():
-            seconds[name].append(values)
+                own.append(time.thread_time() - began)
     return {name: 1000 * statistics.mean(map(statistics.median, values)) for name, values in seconds.items()}
 
 
