@@ -1,10 +1,9 @@
 """Encoded images to crops of one size: what a token dataset is made of.
 
 JPEGs are decoded by libjpeg-turbo (simplejpeg), large ones at a half, a quarter or an eighth of their size where that is still
-twice what is needed, and with chroma repeated, not interpolated, where scaling down averages it; everything else by Pillow.
-Both are cropped and scaled by the same antialiased bicubic filter, in PyTorch's kernels for 8-bit images, which differs from
-Pillow's bicubic by rounding only. The choice is fixed: the same bytes give the same pixels, and so the same tokens, wherever
-they are decoded.
+twice what is needed; everything else by Pillow. Both are cropped and scaled by the same antialiased bicubic filter, in PyTorch's
+kernels for 8-bit images, which differs from Pillow's bicubic by rounding only. The choice is fixed: the same bytes give the same
+pixels, and so the same tokens, wherever they are decoded.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from PIL import Image
 
 from paella.images import MAX_PIXELS, ImageError, decode_image
 
-DECODER = "libjpeg-turbo accurate, DCT-scaled to at least 2x, chroma repeated from 1.5x; antialiased bicubic"
+DECODER = "libjpeg-turbo accurate, DCT-scaled to at least 2x; antialiased bicubic"
 """Says in a dataset how its pixels were made."""
 MAX_SCANS = 100
 """A progressive JPEG has about ten; one of thousands is small and takes minutes."""
@@ -99,11 +98,9 @@ def _decode_jpeg(data: bytes, crop: Crop) -> tuple[np.ndarray, tuple[int, int]]:
         raise ImageError("too-large", f"a progressive JPEG of more than {MAX_SCANS} scans")
     if space in ("CMYK", "YCCK"):
         return _decode_other(data)
-    scale = min(height / crop.height, width / crop.width)
-    factor = next((f for f in (8, 4, 2) if scale >= 2 * f), 1)
-    least = {"min_height": -(-height // factor), "min_width": -(-width // factor)}
+    factor = next((f for f in (8, 4, 2) if min(height // crop.height, width // crop.width) >= 2 * f), 1)
     try:
-        array = simplejpeg.decode_jpeg(data, "RGB", fastupsample=scale >= 1.5, **least)
+        array = simplejpeg.decode_jpeg(data, "RGB", min_height=-(-height // factor), min_width=-(-width // factor))
     except ValueError:
         return _decode_other(data)
     orientation = _orientation(data)
