@@ -35,7 +35,7 @@ cluster-down: ## End it
 	$(BIN)/python cluster/local.py down
 
 test: setup ## All tests but the slow ones, with coverage of paella/; two at a time, for they often wait (ARGS="-n 0" for one)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term $(ARGS)
 
 test-slow: setup ## The long kill and soak tests
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -59,14 +59,6 @@ def small_config() -> ModelConfig:
     return dataclasses.replace(tiny, unet=unet, vqgan=SMALL_VQ)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of several processes, one has all tests of a file, for what they share; and one those of the server, which starts once."""
-    for item in items:
-        shared = "server" if "server" in getattr(item, "fixturenames", ()) else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(shared))
-
-
 @pytest.fixture(scope="session")
 def ray_session():
     """Ray as the programs start it."""
