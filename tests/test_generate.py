@@ -365,7 +365,7 @@ def test_bad_flags_stop_before_anything_starts(program, model_bundle, vqgan_bund
         flags = [part for pair in (places | changes).items() for part in pair]
         assert_one_sentence(program("generate", *flags), words)
         assert not (tmp_path / "o").exists()
-    assert_one_sentence(program("generate", "--output", tmp_path / "o"), "a model and prompts have to be given")
+    assert_one_sentence(program("generate", "--output", tmp_path / "o"), "a model or an endpoint, and prompts, have to be given")
 
 
 def test_jpeg_says_that_a_model_made_it():
