@@ -94,7 +94,7 @@ def _decode_jpeg(data: bytes, crop: Crop) -> tuple[np.ndarray, tuple[int, int]]:
         return _decode_other(data)
     if height * width > MAX_PIXELS:
         raise ImageError("too-large", f"{width}x{height} pixels, more than {MAX_PIXELS}")
-    if data.count(b"\xff\xda") > MAX_SCANS:
+    if _num_scans(data) > MAX_SCANS:
         raise ImageError("too-large", f"a progressive JPEG of more than {MAX_SCANS} scans")
     if space in ("CMYK", "YCCK"):
         return _decode_other(data)
@@ -114,6 +114,12 @@ def _decode_other(data: bytes) -> tuple[np.ndarray, tuple[int, int]]:
         warnings.simplefilter("ignore")  # odd metadata is common, and one line per image is noise
         image = decode_image(data)
     return np.array(image), image.size
+
+
+def _num_scans(data: bytes) -> int:
+    """How often the marker of a scan occurs; bytes.count takes a twentieth of the time of decoding for it."""
+    pairs = (np.frombuffer(data, "<u2", (len(data) - first) // 2, first) for first in (0, 1))
+    return sum(np.count_nonzero(pair == 0xDAFF) for pair in pairs)
 
 
 def _orientation(data: bytes) -> int:
