@@ -119,7 +119,7 @@ def _decode_other(data: bytes) -> tuple[np.ndarray, tuple[int, int]]:
 def _num_scans(data: bytes) -> int:
     """How often the marker of a scan occurs; bytes.count takes a twentieth of the time of decoding for it."""
     pairs = (np.frombuffer(data, "<u2", (len(data) - first) // 2, first) for first in (0, 1))
-    return sum(np.count_nonzero(pair == 0xDAFF) for pair in pairs)
+    return sum(int(np.count_nonzero(pair == 0xDAFF)) for pair in pairs)
 
 
 def _orientation(data: bytes) -> int:
