@@ -185,12 +185,13 @@ class Endpoint:
 
 def _together(jobs: Sequence[Job]) -> Iterator[list[Job]]:
     """Jobs that one request makes: the frames of an interpolation; else one at a time, so that none waits for another."""
-    for job_request, some in itertools.groupby(jobs, key=lambda job: job.request):
-        of_request = list(some)
-        if job_request is not None and job_request.mode == "interpolate":
-            yield of_request
+    for _, some in itertools.groupby(jobs, key=lambda job: job.row):  # not by request: equal ones may have different seeds
+        of_row = list(some)
+        request = of_row[0].request
+        if request is not None and request.mode == "interpolate":
+            yield of_row
         else:
-            yield from ([job] for job in of_request)
+            yield from ([job] for job in of_row)
 
 
 def _data_url(image: bytes | str) -> str:

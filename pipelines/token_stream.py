@@ -15,8 +15,9 @@ from pipelines.token_dataset import ClipBatch, TokenBatch, TokenDataset
 from pipelines.token_order import TokenOrder, Window, rows_before
 
 SHUFFLE_ROWS = 100_000
-SHUFFLE_STATES = 2_000
-"""The same where rows have a text encoder's states: half a megabyte each."""
+SHUFFLE_STATES = 800
+"""The same where rows have a text encoder's states, half a megabyte each; also with 512 states of 2,560 numbers in all of them
+offsets of 32 bits do."""
 READY_BATCHES = 4
 READING_THREADS = 4
 

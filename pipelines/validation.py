@@ -108,5 +108,6 @@ def part_of(batch: TokenBatch, rows: slice) -> TokenBatch:
     clip = batch.clip
     if clip is not None:
         clip = ClipBatch(clip.text[rows], clip.image[rows], clip.complete[rows], clip.ids[rows])
-    states = None if batch.states is None else batch.states[rows]
+    # copies, since a part of an array keeps all of it in memory
+    states = None if batch.states is None else [each.copy() for each in batch.states[rows]]
     return TokenBatch(batch.tokens[rows], batch.captions[rows], batch.ids[rows], clip, states)

@@ -13,6 +13,8 @@ from paella.sampler import SamplingConfig
 from pipelines import endpoint, generate, manifest
 from pipelines.generate_config import GenerateConfig, api_settings
 from pipelines.output_store import Output
+from pipelines.picture_jobs import Jobs, JobSettings
+from pipelines.prompts import PromptRow
 
 
 @pytest.fixture
@@ -83,6 +85,13 @@ def test_another_model_behind_the_same_address_ends_the_job(job, monkeypatch):
     with pytest.raises(ValueError, match=r"serves [0-9a-f]+ now, but served 0+ when"):
         generate.run(job)
     assert not manifest.parts(Output(job.output))
+
+
+def test_frames_of_one_row_are_one_request_and_equal_rows_of_other_seeds_are_two():
+    row = {"prompt": "a", "prompt_to": "b", "mode": "interpolate", "frames": 2}
+    rows = [PromptRow(0, row | {"seed": 1}), PromptRow(1, row | {"seed": 2}), PromptRow(2, {"prompt": "c", "n": 2})]
+    jobs = Jobs(rows, JobSettings(digest="d", defaults={}, sampling=requests.sampling(), images_per_prompt=1, seed=0))
+    assert [[job.seed for job in some] for some in endpoint._together(list(jobs))] == [[1, 1], [2, 2], [4], [5]]
 
 
 def test_the_apis_settings():
