@@ -34,8 +34,8 @@ cluster-local: setup ## A Ray cluster of several nodes here, with S3 and MLflow 
 cluster-down: ## End it
 	$(BIN)/python cluster/local.py down
 
-test: setup ## All tests but the slow ones, with coverage of paella/
-	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+test: setup ## All tests but the slow ones, with coverage of paella/; in two processes, for they often wait (ARGS="-n 0": in one)
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=term $(ARGS)
 
 test-slow: setup ## The long kill and soak tests
 	$(BIN)/python -m pytest -m slow $(ARGS)

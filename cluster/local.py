@@ -24,10 +24,10 @@ import urllib.request
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 from processes import Processes, free_ports
+from seaweedfs import s3_client, start_s3
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = ROOT / "runs" / "cluster"
@@ -48,7 +48,7 @@ def up() -> None:
     state.directory.chmod(0o755)
     state.save()
     try:
-        _start_s3(state)
+        start_s3(state)
         _start_mlflow(state, postgres)
         _start_redis(state, redis)
         _start_ray(state)
@@ -74,48 +74,6 @@ def _redis() -> str:
     if (path := shutil.which("redis-server")) is None:
         raise ValueError("there is no Redis, in which the head keeps what it knows: apt-get install redis-server")
     return path
-
-
-def _start_s3(state: Processes) -> None:
-    flags = [f"-{name}.port{kind}" for name in ("master", "volume", "filer", "s3") for kind in ("", ".grpc")]
-    ports = dict(zip(flags, free_ports(len(flags)), strict=True))
-    state.variables |= {
-        "AWS_ACCESS_KEY_ID": "local",
-        "AWS_SECRET_ACCESS_KEY": secrets.token_hex(16),
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['-s3.port']}",
-    }
-    keys = [{"accessKey": "local", "secretKey": state.variables["AWS_SECRET_ACCESS_KEY"]}]
-    identity = {"name": "local", "credentials": keys, "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
-    config = state.directory / "s3.json"
-    config.write_text(json.dumps({"identities": [identity]}))
-    (state.directory / "s3").mkdir()
-    chosen = [f"{flag}={port}" for flag, port in ports.items()]
-    command = [
-        BIN / "weed", "server", f"-dir={state.directory / 's3'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3", *chosen,
-        f"-s3.config={config}", "-volume.max=50", "-master.volumeSizeLimitMB=64", "-s3.port.iceberg=0", "-s3.port.lance=0",
-    ]  # fmt: skip
-    state.start("s3", command)
-    state.wait("the S3 server", lambda: _make_bucket(state.variables))
-
-
-def _make_bucket(variables: Mapping[str, str]) -> None:
-    _s3(variables).create_bucket(Bucket="paella")
-    _s3(variables).put_object(Bucket="paella", Key="ready", Body=b"")
-
-
-def _s3(variables: Mapping[str, str]) -> Any:
-    import boto3
-    from botocore.config import Config
-
-    return boto3.client(
-        "s3",
-        endpoint_url=variables["AWS_ENDPOINT_URL"],
-        aws_access_key_id=variables["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=variables["AWS_SECRET_ACCESS_KEY"],
-        region_name=variables["AWS_DEFAULT_REGION"],
-        config=Config(retries={"max_attempts": 1}, connect_timeout=5),
-    )
 
 
 def _start_mlflow(state: Processes, postgres: Path) -> None:
@@ -237,7 +195,7 @@ def _write_files(state: Processes) -> None:
                 if path.is_file() and "__pycache__" not in path.parts:
                     file.write(path, Path("paella-ray") / path.relative_to(ROOT))
     uri = values["applications"][0]["runtime_env"]["working_dir"]
-    _s3(state.variables).upload_file(str(archive), "paella", uri.removeprefix("s3://paella/"))
+    s3_client(state.variables).upload_file(str(archive), "paella", uri.removeprefix("s3://paella/"))
     variables = PLACE / "env"
     variables.touch(mode=0o600)
     variables.write_text("".join(f"{name}={value}\n" for name, value in state.variables.items()))

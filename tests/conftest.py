@@ -2,12 +2,10 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import pickle
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,7 +22,10 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from processes import Processes
+from seaweedfs import start_s3
 from served import KEYS, ROOT, serving
+from two_processes import pytest_xdist_make_scheduler
 
 from paella.bundle import save_bundle, save_vqgan
 from paella.conditioning import TextEncoders
@@ -33,6 +34,8 @@ from paella.images import to_tensor
 from paella.unet import Paella
 from paella.vqgan import VQModel
 from pipelines import cli, img2dataset_layout, scenes, train_clip
+
+__all__ = ["pytest_xdist_make_scheduler"]  # a hook
 
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -145,21 +148,14 @@ def s3_server(tmp_path_factory) -> Iterator[dict[str, str]]:
     if "AWS_ENDPOINT_URL" in os.environ:
         yield {}
         return
-    root, variables = tmp_path_factory.mktemp("s3"), {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": uuid.uuid4().hex}
-    keys = [{"accessKey": variables["AWS_ACCESS_KEY_ID"], "secretKey": variables["AWS_SECRET_ACCESS_KEY"]}]
-    identity = {"name": "test", "credentials": keys, "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
-    (root / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    master, volume, filer, s3 = free_ports(4)
-    command = [
-        Path(sys.executable).with_name("weed"), "server",
-        f"-dir={root}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-master.port={master}",
-        f"-volume.port={volume}",
-        "-filer", f"-filer.port={filer}", "-s3", f"-s3.port={s3}", f"-s3.config={root}/s3.json", "-volume.max=20",
-        "-master.volumeSizeLimitMB=64", "-s3.port.iceberg=0", "-s3.port.lance=0",  # their default ports may be taken
-    ]  # fmt: skip
-    endpoint = f"http://127.0.0.1:{s3}"
-    with running(command, f"{endpoint}/status"):
-        yield variables | {"AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": "us-east-1"}
+    directory = tmp_path_factory.mktemp("s3")
+    state = Processes(directory / "processes.json")
+    state.place = str(directory)
+    try:
+        start_s3(state)
+        yield state.variables
+    finally:
+        state.end()
 
 
 @pytest.fixture
@@ -172,33 +168,10 @@ def bucket(s3_server, monkeypatch) -> Iterator[str]:
     s3fs.S3FileSystem.clear_instance_cache()  # they remember other variables
     filesystem = s3fs.S3FileSystem()
     name = f"paella-{uuid.uuid4().hex[:12]}"
-    deadline = time.monotonic() + 60
-    while True:  # SeaweedFS answers before it can store anything
-        try:
-            filesystem.mkdir(name)
-            filesystem.pipe_file(f"{name}/ready", b"yes")
-            filesystem.rm_file(f"{name}/ready")
-            break
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.5)
+    filesystem.mkdir(name)
     yield f"s3://{name}"
     filesystem.rm(name, recursive=True)
     s3fs.S3FileSystem.clear_instance_cache()
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports that nothing listens on, nor on the one 10,000 above, which SeaweedFS takes too."""
-    ports: list[int] = []
-    for port in range(20_000 + os.getpid() % 5000, 32_000):
-        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-            for candidate in (port, port + 10_000):
-                stack.enter_context(socket.socket()).bind(("127.0.0.1", candidate))
-            ports.append(port)
-        if len(ports) == number:
-            return ports
-    raise RuntimeError("there are no free ports")
 
 
 @contextlib.contextmanager

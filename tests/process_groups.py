@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import free_ports
+from processes import free_ports
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 

@@ -3,12 +3,13 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from processes import free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = ("key-one", "key-two")
@@ -17,9 +18,7 @@ KEYS = ("key-one", "key-two")
 @contextlib.contextmanager
 def serving(bundle: Path, *flags: str, **variables: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The address and the process of a server on a free port, until the block ends; it must end well."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     process = subprocess.Popen(
         [sys.executable, "-m", "serve.run", "--model", bundle, "--port", str(port), *flags],
         cwd=ROOT,

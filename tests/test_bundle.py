@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import free_ports, running, small_config
+from conftest import running, small_config
+from processes import free_ports
 from safetensors.torch import load_file, save_file
 
 import paella

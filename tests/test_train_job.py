@@ -11,7 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, checkpointed, free_ports
+from conftest import ROOT, checkpointed
+from processes import free_ports
 from test_train_resume import assert_same_result, place, undisturbed
 
 __all__ = ["place", "undisturbed"]
