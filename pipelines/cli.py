@@ -36,7 +36,6 @@ def start_ray() -> None:
     ray.init(
         address="auto" if in_cluster else "local",
         num_cpus=None if in_cluster else max(2, os.cpu_count() or 2),
-        include_dashboard=None if in_cluster else False,  # 1 GB for a page that nobody is shown
         runtime_env=None if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else environment,
         logging_level=logging.WARNING,
     )
