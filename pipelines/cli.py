@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,19 +27,33 @@ WORKER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }
 
+START_ATTEMPTS = 3
+"""Ray's node gives up on its agents after 15 s (ray-project/ray#65983), in which a busy machine may not have started them."""
+
 
 def start_ray() -> None:
     """Connect to the running cluster (`ray job submit`, RAY_ADDRESS) or start one on this machine."""
     if ray.is_initialized():
         return
     environment = {"env_vars": WORKER_ENVIRONMENT | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")}}
-    in_cluster = "RAY_ADDRESS" in os.environ or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    ray.init(
-        address="auto" if in_cluster else "local",
-        num_cpus=None if in_cluster else max(2, os.cpu_count() or 2),
-        runtime_env=None if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else environment,
-        logging_level=logging.WARNING,
-    )
+    runtime_env = None if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else environment
+    if "RAY_ADDRESS" in os.environ or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        ray.init(address="auto", runtime_env=runtime_env, logging_level=logging.WARNING)
+    else:
+        _start_here(runtime_env)
+
+
+def _start_here(runtime_env: dict[str, Any] | None) -> None:
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            cpus = max(2, os.cpu_count() or 2)
+            ray.init(address="local", num_cpus=cpus, runtime_env=runtime_env, logging_level=logging.WARNING)
+            return
+        except Exception as error:  # of no type of its own
+            ray.shutdown()
+            if attempt == START_ATTEMPTS:
+                raise
+            print(f"Ray did not start, which is tried again: {error}", file=sys.stderr, flush=True)
 
 
 def dataset_of(rows: list[dict[str, Any]]) -> ray.data.Dataset:
