@@ -1,6 +1,6 @@
 """How good a small f4 VQGAN gets in minutes on a CPU, learned codes against FSQ: on scenes and on a photograph it has not seen.
 
-    python benchmarks/train_vqgan.py                      # 9,000 steps each: about 20 minutes each on 2 cores
+    python benchmarks/train_vqgan.py                      # 9,000 steps each: 20 minutes on 2 cores with AVX512, 70 with AVX2
     python benchmarks/train_vqgan.py --steps 1500 --quantizers codebook
 
 `tiny` with 1,024 codes is trained on half scenes, half crops of the photographs that scikit-learn and matplotlib carry, all but

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.data import DataContext
 from ray.util.debug import log_once
@@ -45,12 +47,15 @@ def start_ray() -> None:
 
 def _start_here(runtime_env: dict[str, Any] | None) -> None:
     for attempt in range(1, START_ATTEMPTS + 1):
+        before = set(psutil.Process().children(recursive=True))
         try:
             cpus = max(2, os.cpu_count() or 2)
             ray.init(address="local", num_cpus=cpus, runtime_env=runtime_env, logging_level=logging.WARNING)
             return
         except Exception as error:  # of no type of its own
-            ray.shutdown()
+            for left in set(psutil.Process().children(recursive=True)) - before:  # Ray ends them only with this process
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    left.kill()
             if attempt == START_ATTEMPTS:
                 raise
             print(f"Ray did not start, which is tried again: {error}", file=sys.stderr, flush=True)
