@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -15,20 +16,26 @@ CAPTION_LENGTH = 100
 
 
 class Byt5Columns:
-    """One text encoder, which fills `byt5` and `byt5_length`. Always float32, kept as float16."""
+    """One text encoder, which fills `byt5` and `byt5_length`. Its states are kept as float16."""
 
-    def __init__(self, config: TextConfig, device: str) -> None:
-        self.text = TextEncoders.load(config, device=device, dtype=torch.float32)
+    def __init__(self, config: TextConfig, device: str, dtype: torch.dtype = torch.float32) -> None:
+        self.text = TextEncoders.load(config, device=device, dtype=dtype)
         self.width: int = self.text([""])["byt5"].shape[2]
 
     @torch.inference_mode()
-    def __call__(self, captions: Sequence[str]) -> tuple[pa.Array, pa.Array]:
-        """Columns of captions: their states (L·D), one after another and without padding, and L."""
+    def states(self, captions: Sequence[str]) -> list[np.ndarray]:
+        """States (L,D) float16 of each caption, without padding."""
         conditions = self.text(captions)
         lengths = conditions["byt5_mask"].sum(1).tolist()
-        states = [values[:length].flatten() for values, length in zip(conditions["byt5"], lengths, strict=True)]
-        offsets = torch.tensor([0, *(len(part) for part in states)]).cumsum(0).int().numpy()
-        values = pa.array(torch.cat(states).cpu().half().numpy())
+        states = conditions["byt5"].half().cpu().numpy()
+        return [each[:length] for each, length in zip(states, lengths, strict=True)]
+
+    def __call__(self, captions: Sequence[str]) -> tuple[pa.Array, pa.Array]:
+        """Columns of captions: their states (L·D), one after another, and L."""
+        states = self.states(captions)
+        lengths = [len(each) for each in states]
+        offsets = np.cumsum([0, *(self.width * length for length in lengths)], dtype=np.int32)
+        values = pa.array(np.concatenate(states).reshape(-1))
         return pa.ListArray.from_arrays(pa.array(offsets), values), pa.array(lengths, type=pa.int32())
 
 

@@ -44,7 +44,7 @@ class Samples:
             clip = None if self.clip is None else self.clip[list(indices)].to(self.device)
             tokens = sample_sharded(model, [self.prompts[i] for i in indices], list(indices), side, self.config, clip)
         model.train()
-        if self.config.stored_text:
+        if self.config.given_states:
             model.text.free()
         images = to_uint8(self.vqgan.decode_indices(tokens.to(self.device)))
         gathered: list = [None] * self.world_size

@@ -26,6 +26,7 @@ from pipelines.gauges import TrainingGauges
 from pipelines.progress import Progress
 from pipelines.samples import Samples
 from pipelines.sight import Trace, Utilisation
+from pipelines.text_stage import TextStage, start_actors
 from pipelines.train_config import TrainConfig, check_data, presets, resolved
 from pipelines.train_step import train_step
 from pipelines.validation import Validation
@@ -47,7 +48,8 @@ def run(config: TrainConfig) -> Path:
     mlflow_run = tracking.open_run(output, f"train {output.name}", values)
     if not (bundle / "config.json").exists():
         cli.start_ray()
-        fit(train_worker, {"config": config, "mlflow_run": mlflow_run})
+        actors = start_actors(config)
+        fit(train_worker, {"config": config, "mlflow_run": mlflow_run, "text_actors": actors}, cpus_beside=len(actors))
     uri = tracking.finish_run(mlflow_run, bundle, config.register_as)
     with new_file(finished) as file:
         file.write_text(f"{uri}\n")
@@ -64,7 +66,7 @@ def train_worker(arguments: dict) -> None:
     vqgan = load_vqgan(config.vqgan)[0]
     initial_weights.initialise(model, vqgan.vquantizer.codebook.weight, config)
     model, vqgan = model.to(device).train(), vqgan.to(device)
-    if config.stored_text:
+    if config.given_states:
         model.text.free()  # only sheets of samples need it
     num_parameters = count_parameters(model)
     shard(model, dtype, config.parallel)
@@ -72,7 +74,8 @@ def train_worker(arguments: dict) -> None:
     ema = Ema(model, config.ema_decay)
     use = Utilisation(config.model, device, dtype, world_size)
     trace = Trace(config.profile, Path(config.output), arguments["mlflow_run"], enabled=rank == 0)
-    validation = Validation(config, vqgan, arguments["mlflow_run"], device)
+    text_stage = TextStage(arguments["text_actors"], rank, config.images_per_pass)
+    validation = Validation(config, vqgan, arguments["mlflow_run"], device, text_stage)
     report = loop.Report(
         arguments["mlflow_run"],
         metrics_of,
@@ -91,7 +94,7 @@ def train_worker(arguments: dict) -> None:
     stream = config.token_stream()
     clip = config.model.text.clip is not None
     batches = functools.partial(stream.batches, rank, world_size, clip=clip, states=config.stored_text)
-    for step, batch in training.steps(lambda start: use.watched(batches(start))):
+    for step, batch in training.steps(lambda start: use.watched(text_stage(batches(start)))):
         trace.before(step)
         sums, norm, lr = train_step(model, optimizers, config, step, batch, device, training.guard)
         ema.update(model, step)

@@ -58,6 +58,12 @@ class TrainConfig:
     """Decay of the averaged weights, which sampling uses."""
     stored_text: bool = False
     """Take the states of captions from the datasets, where `tokenize_images --byt5` put them, and not from the text encoder."""
+    text_actors: int = 0
+    """Actors that encode captions beside the workers and ahead of them, each on a GPU of its own; 0: the workers do."""
+    text_accelerator: str | None = None
+    """Kind of GPU for those, as Ray names it (L4, T4); any, if not given."""
+    accelerator: str | None = None
+    """Kind of GPU for the workers (A100-80G, H100); any, if not given."""
     label_smoothing: float = 0.1
     """Of the cross-entropy."""
     noise: NoiseConfig = field(default_factory=NoiseConfig)
@@ -90,12 +96,27 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         loop.require_run(self)
-        for name in ("sample_every", "validation_images", "validate_every"):
+        for name in ("sample_every", "validation_images", "validate_every", "text_actors"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed: an integer of at least 0")
+        self._check_text()
         if self.profile is not None:
             steps_of(self.profile)
         self.parallel.require_fits(self.min_workers or self.num_workers, self.num_workers, self.global_batch_size)
+
+    def _check_text(self) -> None:
+        if self.text_accelerator is not None and not self.text_actors:
+            raise ValueError(f"text_accelerator={self.text_accelerator!r} is not allowed without text_actors")
+        if self.stored_text and self.text_actors:
+            raise ValueError(f"text_actors={self.text_actors} is not allowed with stored_text: nothing would be left to encode")
+        if self.given_states and self.model.text.new_byt5 is not None:
+            name = f"text_actors={self.text_actors}" if self.text_actors else "stored_text=True"
+            raise ValueError(f"{name} is not allowed: this model trains its own text encoder, whose states change")
+
+    @property
+    def given_states(self) -> bool:
+        """Whether captions come to the workers encoded."""
+        return self.stored_text or self.text_actors > 0
 
     @property
     def images_per_pass(self) -> int:
@@ -216,11 +237,8 @@ def check_data(config: TrainConfig) -> None:
             f"{config.data} has CLIP embeddings of width {width}, the model's clip_embd is {config.model.unet.clip_embd}"
         )
     if config.stored_text:
-        text = config.model.text
-        if text.new_byt5 is not None:
-            raise ValueError("stored_text=True is not allowed: this model trains its own text encoder, whose states change")
         for each in datasets:
-            each.require_states(clip_digest(text.byt5))
+            each.require_states(clip_digest(config.model.text.byt5))
     sample_prompts(config)
 
 

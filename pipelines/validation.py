@@ -21,6 +21,7 @@ from paella.parallel import evaluating, mean_over_workers
 from paella.training import Draws, Keep, TextToTokens, metrics_of
 from paella.vqgan import VQModel
 from pipelines import tracking
+from pipelines.text_stage import TextStage
 from pipelines.token_dataset import ClipBatch, TokenBatch, TokenDataset
 from pipelines.train_config import TrainConfig
 from pipelines.train_step import forward, split
@@ -38,7 +39,9 @@ class Validation:
     of sampling: the caption and, where the model has CLIP, its embedding. Every method is to be called by every worker.
     """
 
-    def __init__(self, config: TrainConfig, vqgan: VQModel, mlflow_run: tracking.Run, device: torch.device) -> None:
+    def __init__(
+        self, config: TrainConfig, vqgan: VQModel, mlflow_run: tracking.Run, device: torch.device, text_stage: TextStage
+    ) -> None:
         self.config, self.vqgan, self.mlflow_run, self.device = config, vqgan, mlflow_run, device
         rank, world_size = dist.get_rank(), dist.get_world_size()
         rows = TokenDataset(config.data, hold_out=config.validation_images).held_out(
@@ -47,8 +50,8 @@ class Validation:
         draws = fixed_noise(rows.tokens, config.model.unet.num_labels)
         num_images = len(rows.ids) // world_size * world_size
         mine = slice(rank, num_images, world_size)
-        self.batch, self.draws = part_of(rows, mine), draws[mine]
-        self.shown = part_of(rows, slice(SHOWN))
+        self.batch, self.draws = text_stage.encode(part_of(rows, mine)), draws[mine]
+        self.shown = text_stage.encode(part_of(rows, slice(SHOWN)))
         self.logged = tracking.last_step(mlflow_run, "validation_loss") if rank == 0 else 0
 
     def measure(self, model: TextToTokens, ema: Ema, step: int) -> float | None:

@@ -29,19 +29,20 @@ SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray's own list of checkpoints, of which it writes no whole or nothing; ours are found by their manifests."""
 
 
-def fit(worker: Callable[[dict], None], arguments: dict[str, Any], cpus_for_data: int = 0) -> None:
+def fit(worker: Callable[[dict], None], arguments: dict[str, Any], cpus_beside: int = 0) -> None:
     """Run `worker(arguments)` on every worker, and anew from the newest checkpoint where one fails.
 
-    Workers share the CPUs of their nodes; without GPUs all but `cpus_for_data`, which are for Ray Data's tasks.
-    `arguments["config"]` is the program's: its output, num_workers (or min_workers to that) and recovery. SIGTERM asks for a last
-    checkpoint and an end.
+    Workers share the CPUs of their nodes; without GPUs all but `cpus_beside`, which are for Ray Data's tasks or other actors.
+    `arguments["config"]` is the program's: its output, num_workers (or min_workers to that), recovery and, if it has one, the
+    accelerator. SIGTERM asks for a last checkpoint and an end.
 
     Raises RuntimeError with the worker's message where training failed for good; SystemExit where it has been asked to end.
     """
     config = arguments["config"]
     policy: recovery.RecoveryConfig = config.recovery
     gpu = ray.cluster_resources().get("GPU", 0) > 0  # of the cluster: this process may be on a head without
-    cpus = _cpus_per_worker([node["Resources"] for node in ray.nodes() if node["Alive"]], config.num_workers, cpus_for_data)
+    accelerator = getattr(config, "accelerator", None)
+    cpus = _cpus_per_worker(_resources_of_nodes(accelerator), config.num_workers, cpus_beside)
     place = policy.place(config.output)
     filesystem, root = open_directory(place)
     filesystem.create_dir(root)
@@ -59,6 +60,7 @@ def fit(worker: Callable[[dict], None], arguments: dict[str, Any], cpus_for_data
             num_workers=_scale(config),  # type: ignore[arg-type]
             use_gpu=gpu,
             resources_per_worker={"CPU": cpus} | ({"GPU": 1} if gpu else {}),
+            accelerator_type=accelerator,
         ),
         run_config=RunConfig(
             name=root.rsplit("/", 1)[1],
@@ -76,7 +78,13 @@ def fit(worker: Callable[[dict], None], arguments: dict[str, Any], cpus_for_data
         raise SystemExit(128 + signal.SIGTERM)
 
 
-def _cpus_per_worker(nodes: Sequence[Mapping[str, float]], num_workers: int, cpus_for_data: int) -> float:
+def _resources_of_nodes(accelerator: str | None) -> list[Mapping[str, float]]:
+    """What the nodes with that kind of GPU have; all nodes, where the autoscaler has still to start one of them."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [node for node in nodes if f"accelerator_type:{accelerator}" in node] or nodes
+
+
+def _cpus_per_worker(nodes: Sequence[Mapping[str, float]], num_workers: int, cpus_beside: int) -> float:
     """CPUs of each worker: what its node has for a GPU, on the node that has least; without GPUs the most that nodes have room
     for, since a worker is on one; a fraction where there are fewer CPUs than workers. Raises ValueError where there are none."""
     shares = [node.get("CPU", 0) / node["GPU"] for node in nodes if node.get("GPU", 0) > 0]
@@ -84,7 +92,7 @@ def _cpus_per_worker(nodes: Sequence[Mapping[str, float]], num_workers: int, cpu
         share = min(shares)
         return int(share) if share >= 1 else share
     cpus = [int(node.get("CPU", 0)) for node in nodes]
-    free = sum(cpus) - cpus_for_data
+    free = sum(cpus) - cpus_beside
     if free < 1:
         raise ValueError("there are no CPUs for workers in the cluster")
     for share in range(max(cpus), 0, -1):

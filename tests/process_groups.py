@@ -51,7 +51,7 @@ def without_a_cluster(program: ModuleType) -> Iterator[None]:
         yield
 
 
-def _fit(root: Path, worker: Callable[[dict], None], arguments: dict[str, Any], cpus_for_data: int = 0) -> None:
+def _fit(root: Path, worker: Callable[[dict], None], arguments: dict[str, Any], cpus_beside: int = 0) -> None:
     """In place of `pipelines.workers.fit`, for runs that nothing interrupts."""
     config = arguments["config"]
     Path(config.recovery.place(config.output)).mkdir(parents=True, exist_ok=True)

@@ -359,7 +359,7 @@ def test_machines_over_ssh():
 
 
 @pytest.mark.parametrize(
-    "nodes, num_workers, cpus_for_data, share",
+    "nodes, num_workers, cpus_beside, share",
     [
         ([{"CPU": 0}, {"CPU": 80, "GPU": 8}, {"CPU": 30}], 8, 0, 10),  # CPUs of other nodes are out of a GPU worker's reach
         ([{"CPU": 0}, {"CPU": 80, "GPU": 8}, {"CPU": 12, "GPU": 4}], 12, 0, 3),
@@ -371,5 +371,5 @@ def test_machines_over_ssh():
         ([{"CPU": 1}, {"CPU": 1}], 3, 0, 0.5),
     ],
 )
-def test_a_workers_share_of_the_cpus(nodes, num_workers, cpus_for_data, share):
-    assert _cpus_per_worker(nodes, num_workers, cpus_for_data) == share
+def test_a_workers_share_of_the_cpus(nodes, num_workers, cpus_beside, share):
+    assert _cpus_per_worker(nodes, num_workers, cpus_beside) == share

@@ -8,7 +8,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 STARTS_RAY = {
     "api_contract", "endpoint", "evaluate", "gauges", "generate", "generate_kills", "page", "programs", "replica", "serve",
-    "tokenize_images", "tokenize_kills", "train_resume", "train_vqgan",
+    "text_stage", "tokenize_images", "tokenize_kills", "train_resume", "train_vqgan",
 }  # fmt: skip
 
 
