@@ -4,7 +4,7 @@
     python benchmarks/generate.py --memory 2000 20000    # instead: peak memory of jobs of so many pictures
 
 `tiny` with random weights; mixed settings: three sizes and four numbers of steps, four pictures of each prompt. The bare loop
-makes one picture after the other in as many processes with as many threads as the program, and writes nothing. Beside it stands a
+makes one picture after the other in as many processes as the program, one a core, and writes nothing. Beside it stands a
 loop that sorts pictures by size and steps and samples each kind in batches. Rates are of wall time and of CPU time; the second is
 what counts where other programs run. The last line is one JSON object.
 """
@@ -106,9 +106,9 @@ def bare(root: Path, name: str, rank: int, workers: int) -> None:
     print(time.process_time() - began, flush=True)
 
 
-def bare_rates(root: Path, name: str, num: int, workers: int, threads: int) -> tuple[float, float]:
+def bare_rates(root: Path, name: str, num: int, workers: int) -> tuple[float, float]:
     """Images per second, and per second of CPU, of a bare loop."""
-    environment = os.environ | cli.WORKER_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(PROGRAM.parents[1])}
+    environment = os.environ | cli.WORKER_ENVIRONMENT | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROGRAM.parents[1])}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     commands = [[sys.executable, __file__, "bare", str(root), name, str(rank), str(workers)] for rank in range(workers)]
     processes = [subprocess.Popen(command, env=environment, text=True, **pipes) for command in commands]
@@ -125,16 +125,16 @@ def bare_rates(root: Path, name: str, num: int, workers: int, threads: int) -> t
     return num / seconds, num / cpu
 
 
-def command(root: Path, prompts: str, output: Path, threads: int, *flags: str) -> list[str]:
+def command(root: Path, prompts: str, output: Path, *flags: str) -> list[str]:
     places = ["--model", str(root / "bundle"), "--prompts", str(root / prompts), "--output", str(output)]
-    return [sys.executable, str(PROGRAM), *places, "--unit-size", str(UNIT), "--threads", str(threads), *flags]
+    return [sys.executable, str(PROGRAM), *places, "--unit-size", str(UNIT), *flags]
 
 
-def program_rates(root: Path, output: Path, threads: int) -> tuple[float, float, float]:
+def program_rates(root: Path, output: Path) -> tuple[float, float, float]:
     """Images per second of the program behind its first finished unit, per second of its workers' CPU, and with its start."""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     began = time.time()
-    process = subprocess.Popen(command(root, "prompts.parquet", output, threads), **quiet)
+    process = subprocess.Popen(command(root, "prompts.parquet", output), **quiet)
     at: list[tuple[int, float]] = []  # units that are there, CPU used
     used: dict[int, float] = {}
     while process.poll() is None:
@@ -161,13 +161,12 @@ def family(pid: int) -> list[psutil.Process]:
 
 def speed(root: Path, num: int) -> dict:
     pq.write_table(pa.Table.from_pylist(rows(num)), root / "prompts.parquet")
-    threads = torch.get_num_threads()
-    workers = max(1, max(2, os.cpu_count() or 2) // threads)
-    print(f"{num} pictures, {workers} process(es) of {threads} threads", flush=True)
-    loops = {name: [bare_rates(root, name, num, workers, threads)] for name in LOOPS}
-    program = program_rates(root, root / "output", threads)
+    workers = max(2, os.cpu_count() or 2)
+    print(f"{num} pictures, {workers} processes of one thread", flush=True)
+    loops = {name: [bare_rates(root, name, num, workers)] for name in LOOPS}
+    program = program_rates(root, root / "output")
     for name, rates in loops.items():
-        rates.append(bare_rates(root, name, num, workers, threads))
+        rates.append(bare_rates(root, name, num, workers))
         print(
             f"bare loop, {name:12} {rates[0][0]:.2f} and {rates[1][0]:.2f} images/s, "
             f"{max(rate[1] for rate in rates):.2f} per second of CPU"
@@ -187,7 +186,7 @@ def memory(root: Path, numbers: list[int]) -> dict:
         (root / "prompts.txt").write_text("".join(f"a red circle, number {number % 500}\n" for number in range(num)))
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         flags = ("--sampling.num-inference-steps", "1", "--sampling.cfg", "1")
-        process = subprocess.Popen(command(root, "prompts.txt", root / str(num), torch.get_num_threads(), *flags), **quiet)
+        process = subprocess.Popen(command(root, "prompts.txt", root / str(num), *flags), **quiet)
         peak = {"driver": 0.0, "worker": 0.0, "all": 0.0}
         while process.poll() is None:
             now = {}

@@ -117,9 +117,14 @@ def compare(name: str, workers: int) -> dict[str, Any]:
         result: dict[str, Any] = {"estimated": vars(memory), "estimated_bytes": memory.total}
         if name != "paella-1b":
             planned = dataclasses.replace(
-                plan.presets()[name], model=config.model, gpu="cpu", num_gpus=workers, global_batch_size=config.global_batch_size
+                plan.presets()[name],
+                model=config.model,
+                gpu="cpu",
+                num_gpus=workers,
+                global_batch_size=config.global_batch_size,
+                parallel=config.parallel,
             )
-            result["estimated_rate"] = plan.images_per_s(planned, config.global_batch_size)
+            result["estimated_rate"] = plan.images_per_s(planned, config.images_per_pass)
         mp.spawn(worker, (config, STEPS[name]), nprocs=workers)
         found = [json.loads((root / f"found-{rank}.json").read_text()) for rank in range(workers)]
     return result | {

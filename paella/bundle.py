@@ -218,8 +218,9 @@ def load_bundle(
     """Load a bundle that can generate, from a directory, `s3://…` or `models:/name@alias`.
 
     Weights are memory-mapped and moved tensor by tensor, so that no second copy of a network ever exists. The text encoders may
-    be larger than the U-Net (ByT5-XL: 10 GB in float32, 5 in bfloat16, 2.6 in 8 bits). Raises ValueError for a missing or damaged
-    bundle.
+    be larger than the U-Net (ByT5-XL: 10 GB in float32, 5 in bfloat16, 2.6 in 8 bits). Of a small model on a CPU this process's
+    passes have one thread from then on (`ModelConfig.single_threaded`): in float32 another number rounds otherwise. Raises
+    ValueError for a missing or damaged bundle.
 
     Args:
         text_device, text_dtype: of the text encoders; by default as the networks.
@@ -231,6 +232,8 @@ def load_bundle(
     if "unet" not in values:
         raise ValueError(f"{uri} holds no U-Net, so it cannot generate")
     config, digests = model_config(uri, values)
+    if torch.device(device).type == "cpu" and config.single_threaded:
+        torch.set_num_threads(1)
     unet = load_weights(lambda: Paella(config.unet), root, "unet", digests["unet"], verify=verify).to(device, dtype)
     vqgan = load_weights(lambda: VQModel(config.vqgan), root, "vqgan", digests["vqgan"], verify=verify).to(device, dtype)
     prior = None

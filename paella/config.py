@@ -253,6 +253,12 @@ class ModelConfig(_Config):
         )
 
     @property
+    def single_threaded(self) -> bool:
+        """Whether a CPU gives one thread to a pass: `tiny`'s matrices are too small to be shared out. A second thread gains
+        nothing there, and where other programs run, waiting for it has been seen to take twenty times as long as the pass."""
+        return max(self.unet.c_hidden) < 256
+
+    @property
     def size_multiple(self) -> int:
         """Sides of an image are multiples of this: 32 for the published model."""
         return self.vqgan.downsampling * self.unet.grid_multiple

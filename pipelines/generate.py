@@ -90,8 +90,8 @@ def _generate(config: GenerateConfig, digest: str, missing: Sequence[Unit], todo
 def generated(config: GenerateConfig, digest: str, missing: Sequence[Unit]) -> ray.data.Dataset:
     """A row with counts for each unit that is in place."""
     gpus, cpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
-    wanted, on_one_node = config.threads or torch.get_num_threads(), max(node["Resources"].get("CPU", 0) for node in ray.nodes())
-    threads = min(wanted, int(on_one_node) or wanted)
+    on_one_node = int(max(node["Resources"].get("CPU", 0) for node in ray.nodes()))
+    threads = min(_threads(config), on_one_node or _threads(config))
     workers = max(1, gpus or cpus // threads)
     # enough units under way to fill the batch while the oldest ends, and no more
     calls = 1 + max(1, math.ceil(config.batch_size / config.unit_size))
@@ -114,6 +114,13 @@ def generated(config: GenerateConfig, digest: str, missing: Sequence[Unit]) -> r
         num_gpus=1 if gpus else 0,
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
     )
+
+
+def _threads(config: GenerateConfig) -> int:
+    """Of a worker on CPUs: one for a small model, else as many as the library would have here."""
+    assert config.model is not None
+    _, values = read_config(config.model)
+    return 1 if model_config(config.model, values)[0].single_threaded else config.threads or torch.get_num_threads()
 
 
 def _finish(config: GenerateConfig, digest: str, output: Output, todo: Sequence[Unit], rate: dict[str, float]) -> None:

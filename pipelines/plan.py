@@ -14,6 +14,8 @@ import dataclasses
 import functools
 import json
 import math
+import os
+import statistics
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +47,10 @@ ROWS_PER_UNIT = 1024
 """Images that are decoded, and wait for the encoder, as one object in Ray's store."""
 UNITS_PER_GPU = 4
 """Such objects on their way to one GPU, beside one in the making on each CPU that feeds it."""
+GLOO_BYTES_PER_S = 0.27e9
+"""What a worker on CPUs receives of another one on the same machine (0.21 to 0.30 measured, two processes on 2 cores)."""
+TIMED_IMAGES = 8
+"""Images of a pass that is timed, at most."""
 HEADROOM = 0.9
 """Share of a GPU's memory that a plan fills."""
 
@@ -162,10 +168,10 @@ def _layout(config: PlanConfig, images: int, accumulate: int, recompute: bool, r
 
 
 def images_per_s(config: PlanConfig, images: int) -> float:
-    """Of all workers in training: by data sheet and utilisation, or timed here."""
+    """Of all workers in training, so many images at a time in each: by data sheet and utilisation, or timed here."""
     unet, text = unet_flops(config.model), text_flops(config.model)
     if config.gpu == "cpu":
-        return timed_rate(config.model, images) * unet / (unet + text)
+        return cpu_rate(config, images) * unet / (unet + text)
     return config.num_gpus * config.mfu * PEAK_TFLOPS[config.gpu] * 1e12 / (unet + text)
 
 
@@ -178,23 +184,39 @@ def text_flops(model: ModelConfig) -> float:
     return 2.0 * TEXT_TOKENS * size.text * (3 if size.text_trained else 1)
 
 
-def timed_rate(model: ModelConfig, images: int, seconds: float = 5.0) -> float:
-    """Images a second through forward, backward and AdamW of the U-Net, on all of this machine's CPUs."""
-    dtype = compute_dtype("auto", torch.device("cpu"))
+def cpu_rate(config: PlanConfig, images: int) -> float:
+    """Images a second through the U-Net of all workers on this machine: a worker's passes and update, timed with its share of the
+    CPUs, and the weights and gradients that it exchanges with the others."""
+    workers, cpus = config.num_gpus, os.cpu_count() or 1
+    pass_s, update_s = timed(config.model, min(images, TIMED_IMAGES), max(1, cpus // workers))
+    exchanged = 4 * sizes(config.model).trained * (workers - 1) / workers
+    exchange_s = exchanged * (2 + config.parallel.reshard_after_forward) / GLOO_BYTES_PER_S
+    passes = config.global_batch_size / workers / images
+    step_s = passes * (pass_s * images / min(images, TIMED_IMAGES) + exchange_s) + update_s / workers
+    return config.global_batch_size / (step_s * max(1, workers / cpus))
+
+
+def timed(model: ModelConfig, images: int, threads: int, seconds: float = 5.0) -> tuple[float, float]:
+    """Seconds of forward and backward of so many images through the U-Net, and of AdamW, on so many threads."""
+    before, dtype = torch.get_num_threads(), compute_dtype("auto", torch.device("cpu"))
+    torch.set_num_threads(threads)
     unet = Paella(model.unet).to(dtype).train()
     optimizer = torch.optim.AdamW(unet.parameters(), fused=True)
     height, width = model.grid(model.image_size, model.image_size)
     tokens = torch.randint(model.unet.num_labels, (images, height, width))
     states = torch.randn(images, TEXT_TOKENS, model.unet.byt5_embd, dtype=dtype)
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < seconds:
+    times: list[tuple[float, float]] = []
+    while len(times) < 3 or sum(map(sum, times)) < seconds:
         began = time.perf_counter()
         logits = unet(tokens, torch.rand(images), byt5=states)
         nn.functional.cross_entropy(logits.float(), tokens, label_smoothing=0.1).backward()
+        passed = time.perf_counter()
         optimizer.step()
         optimizer.zero_grad()
-        times.append(time.perf_counter() - began)
-    return images / (sum(times[1:]) / len(times[1:]))
+        times.append((passed - began, time.perf_counter() - passed))
+    torch.set_num_threads(before)
+    pass_s, update_s = (statistics.median(values) for values in zip(*times[1:], strict=True))
+    return pass_s, update_s
 
 
 @functools.cache
@@ -236,7 +258,7 @@ def training(config: PlanConfig) -> dict[str, Any]:
         raise ValueError(
             f"{config.num_gpus} workers of {config.gpu_memory_gb:g} GB cannot train this model: take more of them, or larger ones"
         )
-    rate = images_per_s(config, min(chosen.images, 8))
+    rate = images_per_s(config, chosen.images)
     images = config.steps * config.global_batch_size
     hours = images / rate / 3600
     return {

@@ -117,11 +117,12 @@ class Step:
     def _norm_learns(self, step: int) -> bool:
         """With codes, the same colour must give the same latent in every batch, whatever else is in the batch.
 
-        Fixed codes cannot follow latents, so with them the norm goes on as long as codes would otherwise be revived.
+        Fixed codes cannot follow latents, so with them the norm goes on for a while; not for long, since what rounding makes of
+        latents differs from batch to batch then.
         """
         if self.trained.vqgan.vquantizer.learned or self.config.init is not None:
             return step < self.config.first_coded_step
-        return step < self.config.settling_step
+        return step < max(self.config.first_coded_step, self.config.steps * 3 // 10)
 
     def reconstruct(self, images: Tensor, coded: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Reconstruction (B,3,H,W) in float32, latents, indices and the quantizer's loss."""

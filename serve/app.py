@@ -45,7 +45,9 @@ class Arguments(BaseModel):
     """Images per replica that wait for their first step; more are refused with 429."""
     max_batch_images: int = Field(default=32, ge=1)
     """Images per replica in one step at most."""
-    min_batch_images: int = Field(default=4, ge=1)
+    min_batch_images: int = Field(default=2, ge=1)
+    lanes: int = Field(default=2, ge=1)
+    """Passes of a small model side by side on a CPU."""
     num_cpus: float = Field(default=1, ge=0)
     num_gpus: float | None = Field(default=None, ge=0)
     """Per replica; by default 1 where the cluster has GPUs."""
@@ -69,7 +71,7 @@ def app(arguments: Arguments) -> ray_serve.Application:
 def threads() -> dict[str, str]:
     """Environment of a replica's threads, whatever share of the machine Ray books for it: as many as the library uses.
 
-    In float32 another number rounds otherwise.
+    In float32 another number rounds otherwise. A small model has one thread for each lane.
     """
     return {"OMP_NUM_THREADS": str(torch.get_num_threads())}
 
@@ -81,7 +83,7 @@ def _has_gpus() -> bool:
 
 def _engine(arguments: Arguments, name: str, uri: str) -> ray_serve.Application:
     gpus = arguments.num_gpus if arguments.num_gpus is not None else float(_has_gpus())
-    shared = arguments.model_dump(include={"dtype", "max_queued_images", "max_batch_images", "min_batch_images"})
+    shared = arguments.model_dump(include={"dtype", "max_queued_images", "max_batch_images", "min_batch_images", "lanes"})
     settings = EngineSettings(model=uri if ":/" in uri else str(Path(uri).absolute()), name=name, **shared)
     deployment = ray_serve.deployment(
         Generator,

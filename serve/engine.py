@@ -2,8 +2,8 @@
 
 A sampling thread takes one step after the other. Between two steps it lets waiting images in and those out that are done,
 cancelled or late. Prompts and images are encoded on a thread of their own, pictures are decoded on another, and the event loop
-only hands things on. On a CPU these threads exist only while there is more than one image (see `serve.helpers`). Nothing here
-knows of HTTP or Ray:
+only hands things on. A large model on a CPU has one thread for all of that, whose passes have all cores: a second team of
+OpenMP's threads would only be in its way. Nothing here knows of HTTP or Ray:
 
     engine = Engine(bundle)
     ticket = engine.submit([Task(make, encode, steps=12, tokens=256)])
@@ -20,15 +20,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from paella.bundle import Bundle
 from paella.sampler import Canvas, step
 from paella.step_scheduler import StepScheduler, num_tokens
-from serve.helpers import Helpers
 from serve.knee import Knee
 
 MAX_PREVIEWS_BEHIND = 8
@@ -61,12 +62,12 @@ class EngineConfig:
 
     max_queued_images: int = 64
     """Images that wait for their first step; more are refused."""
-    min_batch_images: int = 4
+    min_batch_images: int = 2
     """Images in the batch however little mixing pays, so that nobody waits for somebody else's last step."""
     max_batch_images: int = 32
     """Images in the batch at most; what the memory takes."""
     lanes: int = 2
-    """On a CPU, passes that run side by side."""
+    """Passes of a small model side by side on a CPU, a thread each."""
 
     def __post_init__(self) -> None:
         for name in ("max_queued_images", "min_batch_images", "max_batch_images", "lanes"):
@@ -158,7 +159,15 @@ class Engine:
         self.bundle, self.config = bundle, config or EngineConfig()
         height, width = bundle.config.grid(*bundle.default_size)
         per_image = height * width
-        self.knee = Knee(self.config.min_batch_images * per_image, self.config.max_batch_images * per_image)
+        weight = next(bundle.unet.parameters())
+        on_cpu = weight.device.type == "cpu"
+        small = on_cpu and bundle.config.single_threaded
+        self.lanes, self.threads = (self.config.lanes, 1) if small else (1, torch.get_num_threads())
+        self.one_thread = on_cpu and not small
+        low, high = max(self.config.min_batch_images, self.lanes), self.config.max_batch_images
+        if on_cpu and weight.dtype == torch.float32:  # each image has its own pass, so that a larger batch never pays
+            high = low
+        self.knee = Knee(low * per_image, high * per_image)
         self.scheduler = StepScheduler(self.knee.limit)
         self.trace: deque[dict[str, Any]] = deque(maxlen=10_000)
         self.images: set[_Image] = set()  # all that are not over
@@ -171,9 +180,10 @@ class Engine:
         self.error: BaseException | None = None
         self.observe: Callable[[str, float, dict[str, str]], None] = lambda name, value, tags: None
         self.counter = itertools.count()
-        self.on_cpu = next(bundle.unet.parameters()).device.type == "cpu"
-        self.lanes = self.config.lanes if self.on_cpu else 1
-        self.preparing, self.decoding, self.stepping = Helpers("prepare"), Helpers("decode"), Helpers("lane", self.lanes)
+        self.preparing, self.decoding, self.stepping = (
+            ThreadPoolExecutor(number, name, initializer=torch.set_num_threads, initargs=(self.threads,))
+            for name, number in (("prepare", 1), ("decode", 1), ("lane", self.lanes))
+        )
         self.decodes_behind = 0
         self.thread = threading.Thread(target=self._sample, name="sampling", daemon=True)
         self.thread.start()
@@ -195,17 +205,12 @@ class Engine:
                 for index, task in enumerate(tasks)
             ]
             self.images |= set(images)
-            alone = self._alone()
         for image in images:
-            if alone:
-                self.inbox.put(image)  # the sampling thread has nothing better to do than to prepare it
+            if self.one_thread:
+                self.inbox.put(image)
             else:
                 self.preparing.submit(self._prepare, image)
         return ticket
-
-    def _alone(self) -> bool:
-        """Whether one thread should do everything: on a CPU, for one image."""
-        return self.on_cpu and len(self.images) == 1
 
     @property
     def queued(self) -> int:
@@ -235,8 +240,8 @@ class Engine:
             await asyncio.sleep(0.02)
         self.inbox.put(None)
         await asyncio.to_thread(self.thread.join)
-        for helpers in (self.preparing, self.decoding, self.stepping):
-            helpers.close()
+        for pool in (self.preparing, self.decoding, self.stepping):
+            pool.shutdown(wait=False)
 
     # the preparing thread, or the sampling thread
 
@@ -255,10 +260,9 @@ class Engine:
     # the sampling thread
 
     def _sample(self) -> None:
+        torch.set_num_threads(self.threads)  # here as in the pools: in float32 another number rounds otherwise
         try:
             while self._receive():
-                for helpers in (self.preparing, self.decoding, self.stepping):
-                    helpers.rest()
                 self._admit()
                 if self.scheduler.running:
                     self._step(list(self.scheduler.running))
@@ -317,7 +321,7 @@ class Engine:
             self._decode(image, canvas.tokens, None)
 
     def _take(self, batch: list[Canvas]) -> None:
-        """One step of all; on a CPU in lanes side by side, which changes no picture: there each image has its own pass."""
+        """One step of all; of a small model on a CPU in lanes side by side, which changes no picture in float32."""
         codebook = self.bundle.vqgan.vquantizer
         if self.lanes == 1 or len(batch) == 1:
             step(self.bundle.unet, batch, codebook=codebook)
@@ -332,7 +336,7 @@ class Engine:
     def _decode(self, image: _Image, tokens: Tensor, preview: int | None) -> None:
         with self.lock:
             self.decodes_behind += 1
-        if self._alone():
+        if self.one_thread:
             self._deliver(image, tokens, preview)
         else:
             self.decoding.submit(self._deliver, image, tokens, preview)

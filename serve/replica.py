@@ -38,10 +38,12 @@ class EngineSettings(BaseModel):
     """auto: bfloat16 on a GPU; float32 on a CPU, where pictures are then the same, bit for bit, in any company."""
     max_queued_images: int = Field(default=64, ge=1)
     max_batch_images: int = Field(default=32, ge=1)
-    min_batch_images: int = Field(default=4, ge=1)
+    min_batch_images: int = Field(default=2, ge=1)
+    lanes: int = Field(default=2, ge=1)
 
     def engine_config(self) -> EngineConfig:
-        return EngineConfig(**self.model_dump(include={"max_queued_images", "max_batch_images", "min_batch_images"}))
+        limits = {"max_queued_images", "max_batch_images", "min_batch_images", "lanes"}
+        return EngineConfig(**self.model_dump(include=limits))
 
 
 class Generator:
@@ -57,7 +59,7 @@ class Generator:
         settings = EngineSettings(**user_config)
         if settings == self.settings:
             return
-        with ThreadPoolExecutor(1) as loader:  # which ends: see serve.helpers
+        with ThreadPoolExecutor(1) as loader:  # which ends, and its team of OpenMP's threads with it
             bundle = await asyncio.get_running_loop().run_in_executor(loader, _load, settings)
         engine, old = Engine(bundle, settings.engine_config()), self.engine
         self.metrics = EngineMetrics(settings.name)

@@ -113,7 +113,7 @@ def test_all_modes_and_sizes_share_steps(bundle):
         await all_of(long)
         return list(engine.trace)
 
-    trace = with_engine(bundle, run)
+    trace = with_engine(bundle, run, min_batch_images=3)
     shared = [[label for label, _, _ in row["images"]] for row in trace]
     steps_of = {
         name: [number for row in trace for label, _, number in row["images"] if label == name]
