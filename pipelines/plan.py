@@ -29,6 +29,7 @@ from paella.config import ModelConfig
 from paella.flops import PEAK_TFLOPS, TEXT_TOKENS, matrix_rate, training_flops
 from paella.memory import WorkerMemory, sizes, worker_memory
 from paella.parallel import ParallelConfig, compute_dtype
+from paella.training import OptimConfig
 from paella.unet import Paella
 from paella.vqgan import VQModel
 from pipelines import train_config
@@ -69,6 +70,8 @@ class PlanConfig:
     """Images per step over all workers."""
     parallel: ParallelConfig
     """What of the memory is traded already; the rest is chosen here."""
+    optim: OptimConfig
+    """Optimizer, whose update counts on CPUs."""
     gpu: str = "A100"
     """What it runs on, by the name in NVIDIA's data sheets, or cpu: this machine."""
     gpu_memory_gb: float = 80.0
@@ -118,6 +121,7 @@ def presets() -> dict[str, PlanConfig]:
             steps=train.steps,
             global_batch_size=train.global_batch_size,
             parallel=train.parallel,
+            optim=train.optim,
         )
         for name, train in train_config.presets().items()
     }
@@ -188,7 +192,7 @@ def cpu_rate(config: PlanConfig, images: int) -> float:
     """Images a second through the U-Net of all workers on this machine: a worker's passes and update, timed with its share of the
     CPUs, and the weights and gradients that it exchanges with the others."""
     workers, cpus = config.num_gpus, os.cpu_count() or 1
-    pass_s, update_s = timed(config.model, min(images, TIMED_IMAGES), max(1, cpus // workers))
+    pass_s, update_s = timed(config.model, config.optim, min(images, TIMED_IMAGES), max(1, cpus // workers))
     exchanged = 4 * sizes(config.model).trained * (workers - 1) / workers
     exchange_s = exchanged * (2 + config.parallel.reshard_after_forward) / GLOO_BYTES_PER_S
     passes = config.global_batch_size / workers / images
@@ -196,12 +200,12 @@ def cpu_rate(config: PlanConfig, images: int) -> float:
     return config.global_batch_size / (step_s * max(1, workers / cpus))
 
 
-def timed(model: ModelConfig, images: int, threads: int, seconds: float = 5.0) -> tuple[float, float]:
-    """Seconds of forward and backward of so many images through the U-Net, and of AdamW, on so many threads."""
+def timed(model: ModelConfig, optim: OptimConfig, images: int, threads: int, seconds: float = 5.0) -> tuple[float, float]:
+    """Seconds of forward and backward of so many images through the U-Net, and of the update, on so many threads."""
     before, dtype = torch.get_num_threads(), compute_dtype("auto", torch.device("cpu"))
     torch.set_num_threads(threads)
     unet = Paella(model.unet).to(dtype).train()
-    optimizer = torch.optim.AdamW(unet.parameters(), fused=True)
+    optimizers = optim.optimizers(unet)
     height, width = model.grid(model.image_size, model.image_size)
     tokens = torch.randint(model.unet.num_labels, (images, height, width))
     states = torch.randn(images, TEXT_TOKENS, model.unet.byt5_embd, dtype=dtype)
@@ -211,8 +215,9 @@ def timed(model: ModelConfig, images: int, threads: int, seconds: float = 5.0) -
         logits = unet(tokens, torch.rand(images), byt5=states)
         nn.functional.cross_entropy(logits.float(), tokens, label_smoothing=0.1).backward()
         passed = time.perf_counter()
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         times.append((passed - began, time.perf_counter() - passed))
     torch.set_num_threads(before)
     pass_s, update_s = (statistics.median(values) for values in zip(*times[1:], strict=True))
