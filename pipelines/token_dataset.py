@@ -123,9 +123,19 @@ class TokenDataset:
         table = self.read([Piece(shard, 0, self.shards[shard][1])], self.columns())
         return self.to_batch(table.take(rows))
 
-    def held_out(self, *, clip: bool = False, states: bool = False) -> TokenBatch:
-        """The rows that `hold_out` keeps from training, at most as many as it says."""
-        pieces = [Piece(*piece) for piece in self.held_out_rows]
+    @property
+    def num_held_out(self) -> int:
+        """Rows that `hold_out` keeps from training."""
+        return sum(stop - start for _, start, stop in self.held_out_rows)
+
+    def held_out(self, rows: slice = slice(None), *, clip: bool = False, states: bool = False) -> TokenBatch:
+        """Those rows, or some of them, in order; no others are read."""
+        first, last, _ = rows.indices(self.num_held_out)
+        pieces, before = [], 0
+        for shard, start, stop in self.held_out_rows:
+            piece = Piece(shard, max(start, start + first - before), min(stop, start + last - before))
+            pieces += [piece] if piece.start < piece.stop else []
+            before += stop - start
         columns = self.columns(clip=clip, states=states)
         table = self.read(pieces, columns) if pieces else self.format.schema().empty_table().select(columns)
         return self.to_batch(table)

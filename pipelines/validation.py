@@ -22,7 +22,7 @@ from paella.training import Draws, Keep, TextToTokens, metrics_of
 from paella.vqgan import VQModel
 from pipelines import tracking
 from pipelines.text_stage import TextStage
-from pipelines.token_dataset import ClipBatch, TokenBatch, TokenDataset
+from pipelines.token_dataset import TokenDataset
 from pipelines.train_config import TrainConfig
 from pipelines.train_step import forward, split
 
@@ -44,14 +44,13 @@ class Validation:
     ) -> None:
         self.config, self.vqgan, self.mlflow_run, self.device = config, vqgan, mlflow_run, device
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        rows = TokenDataset(config.data, hold_out=config.validation_images).held_out(
-            clip=config.model.text.clip is not None, states=config.stored_text
-        )
-        draws = fixed_noise(rows.tokens, config.model.unet.num_labels)
-        num_images = len(rows.ids) // world_size * world_size
-        mine = slice(rank, num_images, world_size)
-        self.batch, self.draws = text_stage.encode(part_of(rows, mine)), draws[mine]
-        self.shown = text_stage.encode(part_of(rows, slice(SHOWN)))
+        dataset = TokenDataset(config.data, hold_out=config.validation_images)
+        draws = fixed_noise(dataset.held_out().tokens, config.model.unet.num_labels)
+        share = dataset.num_held_out // world_size
+        mine = slice(rank * share, (rank + 1) * share)
+        columns = {"clip": config.model.text.clip is not None, "states": config.stored_text}
+        self.batch, self.draws = text_stage.encode(dataset.held_out(mine, **columns)), draws[mine]
+        self.shown = text_stage.encode(dataset.held_out(slice(SHOWN), **columns))
         self.logged = tracking.last_step(mlflow_run, "validation_loss") if rank == 0 else 0
 
     def measure(self, model: TextToTokens, ema: Ema, step: int) -> float | None:
@@ -104,13 +103,3 @@ def noise_at(tokens: Tensor, t: Tensor, num_labels: int) -> Draws:
     noised, mask = add_noise(tokens, t, num_labels=num_labels, generator=generator)
     yes = torch.ones(len(t), dtype=torch.bool)
     return Draws(t, noised, loss_weight(t, mask), Keep(yes, yes, ~yes))
-
-
-def part_of(batch: TokenBatch, rows: slice) -> TokenBatch:
-    """Some rows of a batch."""
-    clip = batch.clip
-    if clip is not None:
-        clip = ClipBatch(clip.text[rows], clip.image[rows], clip.complete[rows], clip.ids[rows])
-    # copies, since a part of an array keeps all of it in memory
-    states = None if batch.states is None else [each.copy() for each in batch.states[rows]]
-    return TokenBatch(batch.tokens[rows], batch.captions[rows], batch.ids[rows], clip, states)

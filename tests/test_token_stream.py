@@ -200,3 +200,11 @@ def test_prefetching_is_bounded_passes_errors_on_and_ends():
     while any(thread.name == "prefetch" for thread in threading.enumerate()) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(thread.name == "prefetch" for thread in threading.enumerate())
+
+
+def test_held_out_rows_are_read_in_parts(tmp_path):
+    dataset = TokenDataset(str(write_tokens(tmp_path / "tokens", [60, 50, 40])), hold_out=7)
+    whole = dataset.held_out().ids
+    assert len(whole) == dataset.num_held_out == 7
+    assert [each for first in range(0, 8, 2) for each in dataset.held_out(slice(first, first + 2)).ids] == whole
+    assert dataset.held_out(slice(0)).ids == []
