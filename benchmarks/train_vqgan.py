@@ -1,7 +1,7 @@
 """How good a small f4 VQGAN gets in minutes on a CPU, learned codes against FSQ: on scenes and on a photograph it has not seen.
 
-    python benchmarks/train_vqgan.py --steps 2500 --quantizers codebook    # each 20 minutes on 2 cores with AVX2
-    python benchmarks/train_vqgan.py --steps 5000 --quantizers fsq
+    python benchmarks/train_vqgan.py --steps 2500 --quantizers codebook    # 20 minutes on 2 cores with AVX2
+    python benchmarks/train_vqgan.py --steps 2600 --quantizers fsq         # 8 to 11 minutes there
 
 `tiny` with 1,024 codes (FSQ: 8·5·5·5, what arXiv 2309.15505 has in place of 2^10) is trained on half scenes, half crops of the
 photographs that scikit-learn and matplotlib carry, all but one. The table gives PSNR as ratios to the bars, 30 dB on held-out
