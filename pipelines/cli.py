@@ -100,6 +100,7 @@ def config_values(config: Any) -> dict[str, Any]:
 
 FREE = (
     "num_workers", "min_workers", "parallel", "checkpoint_every", "recovery", "sample_every", "validate_every", "profile",
+    "accelerator", "text_accelerator",
 )  # fmt: skip
 """Settings that a run can be continued with others of: they decide how it runs, not what comes of it."""
 

@@ -90,8 +90,8 @@ def _generate(config: GenerateConfig, digest: str, missing: Sequence[Unit], todo
 def generated(config: GenerateConfig, digest: str, missing: Sequence[Unit]) -> ray.data.Dataset:
     """A row with counts for each unit that is in place."""
     gpus, cpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
-    on_one_node = int(max(node["Resources"].get("CPU", 0) for node in ray.nodes()))
-    threads = min(_threads(config), on_one_node or _threads(config))
+    wanted, on_one_node = _threads(config), max(node["Resources"].get("CPU", 0) for node in ray.nodes())
+    threads = min(wanted, int(on_one_node) or wanted)
     workers = max(1, gpus or cpus // threads)
     # enough units under way to fill the batch while the oldest ends, and no more
     calls = 1 + max(1, math.ceil(config.batch_size / config.unit_size))

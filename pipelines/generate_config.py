@@ -77,7 +77,8 @@ class GenerateConfig:
     unit_size: int = 64
     """Pictures that are put in place together: what a kill can lose, of each worker twice."""
     threads: int | None = None
-    """Of each worker on CPUs; by default as many as torch would use. A small model's workers have one."""
+    """Of each worker on CPUs; by default as many as the library uses here, since another number rounds otherwise. A small model's
+    workers have one."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Settings of the sampler, where a row gives none."""
     endpoint: str | None = None

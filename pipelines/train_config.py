@@ -63,7 +63,7 @@ class TrainConfig:
     text_accelerator: str | None = None
     """Kind of GPU for those, as Ray names it (L4, T4); any, if not given."""
     accelerator: str | None = None
-    """Kind of GPU for the workers (A100-80G, H100); any, if not given."""
+    """Kind of GPU for the workers (A100, H100), as Ray names it; any, if not given."""
     label_smoothing: float = 0.1
     """Of the cross-entropy."""
     noise: NoiseConfig = field(default_factory=NoiseConfig)

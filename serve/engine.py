@@ -164,7 +164,8 @@ class Engine:
         small = on_cpu and bundle.config.single_threaded
         self.lanes, self.threads = (self.config.lanes, 1) if small else (1, torch.get_num_threads())
         self.one_thread = on_cpu and not small
-        low, high = max(self.config.min_batch_images, self.lanes), self.config.max_batch_images
+        high = self.config.max_batch_images
+        low = min(max(self.config.min_batch_images, self.lanes), high)
         if on_cpu and weight.dtype == torch.float32:  # each image has its own pass, so that a larger batch never pays
             high = low
         self.knee = Knee(low * per_image, high * per_image)

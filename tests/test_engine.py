@@ -200,6 +200,16 @@ def test_deadlines_bounds_and_mistakes(bundle):
     with_engine(bundle, run, max_queued_images=4)
 
 
+def test_no_more_images_than_the_memory_takes(bundle):
+    """Also where there are more lanes than that."""
+
+    async def run(engine):
+        await asyncio.gather(*(all_of(engine.submit([task(bundle, seed=seed)])) for seed in range(3)))
+        return [len(row["images"]) for row in engine.trace]
+
+    assert set(with_engine(bundle, run, max_batch_images=1)) == {1}
+
+
 def test_a_dead_engine_says_so(bundle):
     """An error in a step ends the engine: those who wait are told, and the health check too."""
 
@@ -214,6 +224,7 @@ def test_a_dead_engine_says_so(bundle):
             engine.check()
         with pytest.raises(EngineDied):
             engine.submit([task(bundle)])
+        await asyncio.to_thread(engine.thread.join)
 
     hook = threading.excepthook
     try:

@@ -100,7 +100,9 @@ def test_a_run_goes_on_with_other_workers_but_no_other_model(data, vqgan_bundle,
 
     small = config(data, vqgan_bundle, tmp_path)
     cli.require_same_config(tmp_path, cli.config_values(small))
-    other = dataclasses.replace(small, num_workers=1, min_workers=1, checkpoint_every=3, recovery=RecoveryConfig(keep=5))
+    other = dataclasses.replace(
+        small, num_workers=1, min_workers=1, accelerator="H100", checkpoint_every=3, recovery=RecoveryConfig(keep=5)
+    )
     cli.require_same_config(tmp_path, cli.config_values(other))
     assert json.loads((tmp_path / "config.json").read_text())["recovery"]["keep"] == 5
     with pytest.raises(ValueError, match=r"was made with another config \(seed 0 → 1\)"):
