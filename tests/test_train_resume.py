@@ -1,7 +1,6 @@
 """U-Net training that is interrupted, in every way there is, gives what an undisturbed run gives: curve, weights, samples seen.
 
-What it is compared with runs on two workers in float32. Ids are written down by recorded_train.py. All with AdamW alone: Muon
-iterates in bfloat16, which makes of a gradient's last bit, another with other workers, an update's third digit.
+What it is compared with runs on two workers in float32. Ids are written down by recorded_train.py.
 """
 
 import contextlib
@@ -57,9 +56,7 @@ class Place:
             "checkpoint_every": 7, "sample_every": 1000, "precision": "float32", "register_as": "test-resume",
             "sampling": SamplingConfig(num_inference_steps=2), "validation_images": 0,
         }  # fmt: skip
-        tiny = presets()["tiny"]
-        values["optim"] = dataclasses.replace(tiny.optim, matrix_lr=None)
-        return dataclasses.replace(tiny, **(values | changes))
+        return dataclasses.replace(presets()["tiny"], **(values | changes))
 
     def command(self, name: str, *more: object) -> list:
         """The same run as a program; which samples it sees is in `name`.ids."""
@@ -87,7 +84,7 @@ FLAGS = [
     "--model.vqgan.c-latent", "4", "--model.image-size", "32", "--num-workers", "2", "--steps", str(STEPS),
     "--global-batch-size", str(BATCH), "--checkpoint-every", "7", "--sample-every", "1000", "--precision", "float32",
     "--register-as", "test-resume", "--sampling.num-inference-steps", "2", "--sampling.temperature", "0.7", "0.3",
-    "--sampling.cfg", "8.0", "8.0", "--optim.matrix-lr", "None", "--validation-images", "0",
+    "--sampling.cfg", "8.0", "8.0", "--validation-images", "0",
 ]  # fmt: skip
 
 
