@@ -190,13 +190,14 @@ def text_flops(model: ModelConfig) -> float:
 
 def cpu_rate(config: PlanConfig, images: int) -> float:
     """Images a second through the U-Net of all workers on this machine: a worker's passes and update, timed with its share of the
-    CPUs, and the weights and gradients that it exchanges with the others."""
+    CPUs, and the weights and gradients that it exchanges with the others. The update counts whole: Muon's is, and AdamW's waits
+    for the memory that workers share."""
     workers, cpus = config.num_gpus, os.cpu_count() or 1
     pass_s, update_s = timed(config.model, config.optim, min(images, TIMED_IMAGES), max(1, cpus // workers))
     exchanged = 4 * sizes(config.model).trained * (workers - 1) / workers
     exchange_s = exchanged * (2 + config.parallel.reshard_after_forward) / GLOO_BYTES_PER_S
     passes = config.global_batch_size / workers / images
-    step_s = passes * (pass_s * images / min(images, TIMED_IMAGES) + exchange_s) + update_s / workers
+    step_s = passes * (pass_s * images / min(images, TIMED_IMAGES) + exchange_s) + update_s
     return config.global_batch_size / (step_s * max(1, workers / cpus))
 
 

@@ -209,7 +209,6 @@ def test_a_killed_worker_and_then_a_killed_cluster_change_nothing(ray_session, u
 def test_a_bad_step_is_skipped_or_rolled_back(ray_session, place, undisturbed):
     output = place.run("skipped", poisoned_step=25, steps=40)
     skipped = curve(output)
-    assert abs(skipped[20] - curve(undisturbed)[20]) < 1e-5
     assert all(np.isfinite(list(skipped.values())))
     assert all(torch.isfinite(value).all() for value in weights(output).values())
     output = place.run("back", poisoned_step=25, steps=40, recovery=RecoveryConfig(on_bad_step="rollback"))
@@ -217,6 +216,7 @@ def test_a_bad_step_is_skipped_or_rolled_back(ray_session, place, undisturbed):
     assert set(ids[21]) == set(whole[21]) | set(whole[26]), "back to step 21, and on with the data after step 25"
     assert set(ids[30]) == set(whole[35])
     assert all(np.isfinite(list(curve(output).values())))
+    assert abs(skipped[20] - curve(output)[20]) < 1e-5, "the same before the bad step"
 
 
 @pytest.mark.slow
