@@ -14,6 +14,7 @@ from torch.distributed._functional_collectives import all_reduce as all_reduce_w
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Partial
 from torch.utils.checkpoint import checkpoint
 
 from paella.blocks import AttnBlock, ResBlock
@@ -213,6 +214,22 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         flat = mean_over_workers(torch.cat([gradient.flatten() for gradient in gradients]))
         for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
+
+
+@torch.no_grad()
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Of all gradients together, whole ones or all sharded alike, in float32. Every rank must call it.
+
+    Summed in float64, so that it is the same to the last bit however many workers hold them: of a last bit AdamW makes another
+    step wherever a gradient is little more than rounding.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    local = [each.to_local() if isinstance(each, DTensor) else each for each in gradients]
+    total = torch.stack(torch._foreach_norm(local, 2, dtype=torch.float64)).square().sum()
+    if isinstance(gradients[0], DTensor):
+        placements = [Partial() if each.is_shard() else each for each in gradients[0].placements]
+        total = DTensor.from_local(total, gradients[0].device_mesh, placements).full_tensor()
+    return total.sqrt().float()
 
 
 def gather_rows(values: Tensor) -> Tensor:

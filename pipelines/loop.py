@@ -17,11 +17,11 @@ import ray.train
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_
 
 from paella.checkpoint import TrainingState
 from paella.ema import Ema
-from paella.parallel import mean_over_workers
+from paella.parallel import gradient_norm, mean_over_workers
 from pipelines import cli, tracking
 from pipelines.checkpoints import Checkpoints, require_writable
 from pipelines.recovery import ENDED_FILE, STOP_FILE, Guard, Vote, asked_to_stop
@@ -213,8 +213,9 @@ def optimizer_step(model: nn.Module, optimizers: Optimizers, loss: Tensor, grad_
 
 def update(model: nn.Module, optimizers: Optimizers, loss: Tensor, grad_clip: float, guard: Guard) -> float:
     """Clip the gradients, and step unless the guard finds the step bad; returns their norm before."""
-    norm = clip_grad_norm_(model.parameters(), grad_clip)
-    value = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+    norm = gradient_norm(model.parameters())
+    clip_grads_with_norm_(model.parameters(), grad_clip, norm)
+    value = norm.item()
     allowed = guard.allows(value, mean_over_workers(loss.detach().clone()).item() if guard.needs_loss else 0.0)
     for optimizer in optimizers:
         if allowed:

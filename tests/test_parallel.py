@@ -141,6 +141,30 @@ def test_sharded_models_predict_and_learn_what_the_whole_one_does(tmp_path):
     start_group(_predictions_and_ways, 4, tmp_path)
 
 
+def _five_steps(rank: int, num_workers: int, path: str) -> None:
+    """Leaves the gradients' norms and, after them, the weights."""
+    config, norms, size = small_training(ParallelConfig(), num_workers=2), [], 8 // num_workers
+    model, mine = new_model(config), slice(size * rank, size * rank + size)
+    shard(model, torch.float32, config.parallel)
+    optimizers = config.optim.optimizers(model)
+    for step in range(5):
+        batch = TokenBatch(tokens_of(step)[mine].numpy().astype(np.int64), CAPTIONS[mine], [""] * size)
+        norms.append(train_step(model, optimizers, config, step, batch, torch.device("cpu"), Guard(RecoveryConfig()))[1])
+    state = full_state_dict(model)
+    if rank == 0:
+        torch.save((norms, state), path)
+
+
+def test_two_workers_step_as_one_that_takes_two_passes(tmp_path):
+    """Norms to the last bit and weights to 1e-9, of AdamW and of Muon."""
+    for number in (1, 2):
+        start_group(_five_steps, number, tmp_path, number, f"{tmp_path}/{number}.pt")
+    (norms, weights), (expected_norms, expected) = (torch.load(tmp_path / f"{number}.pt") for number in (2, 1))
+    assert norms == expected_norms
+    for name, value in weights.items():
+        torch.testing.assert_close(value, expected[name], atol=1e-9, rtol=0, msg=name)
+
+
 @pytest.mark.slow
 def test_compiled_blocks_learn_the_same():
     """torch.compile on and off, alone and with recomputing: float32 losses to 1e-5 over captions of changing lengths."""
