@@ -180,10 +180,11 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The unsharded state on rank 0's CPU (other ranks: empty). Every rank must call it."""
+    """A copy of the unsharded state on rank 0's CPU (other ranks: empty). Every rank must call it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=options)
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    alone = num_workers() == 1  # nothing was gathered then: these are the model's own, which go on changing
+    return {name: value.clone() if alone else value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def num_workers() -> int:

@@ -26,7 +26,10 @@ def train_step(
     device: torch.device,
     guard: Guard,
 ) -> tuple[Tensor, float, float]:
-    """Forward, backward, update unless the guard forbids; returns the metrics' sums, the gradient's norm, the learning rate."""
+    """Forward, backward, update unless the guard forbids.
+
+    Returns the metrics' sums, as a mean over parts and so the same on any number of workers, the gradient's norm, the rate.
+    """
     lr = config.optim.set_lr(optimizers, step, config.steps)
     numbers = loop.sample_numbers(step, config.global_batch_size)
     draws = draw_noise(torch.from_numpy(batch.tokens), config.model.unet.num_labels, config.seed, numbers, config.noise, step)
@@ -39,8 +42,7 @@ def train_step(
         sum_gradients_with(model, index == num_parts - 1)
         loss, sums = forward(model, config, targets, inputs, part)
         (loss / num_parts).backward()
-        sums[:2] /= num_parts  # those two are means
-        total, mean = total + sums, mean + loss.detach() / num_parts
+        total, mean = total + sums / num_parts, mean + loss.detach() / num_parts
     return total, loop.update(model, optimizers, mean, config.optim.grad_clip, guard), lr
 
 

@@ -142,21 +142,23 @@ def test_sharded_models_predict_and_learn_what_the_whole_one_does(tmp_path):
 
 
 def _five_steps(rank: int, num_workers: int, path: str) -> None:
-    """Leaves the gradients' norms and, after them, the weights."""
+    """Leaves the gradients' norms, and the averages of the weights."""
     config, norms, size = small_training(ParallelConfig(), num_workers=2), [], 8 // num_workers
     model, mine = new_model(config), slice(size * rank, size * rank + size)
     shard(model, torch.float32, config.parallel)
-    optimizers = config.optim.optimizers(model)
+    optimizers, ema = config.optim.optimizers(model), Ema(model, 0.99)
     for step in range(5):
         batch = TokenBatch(tokens_of(step)[mine].numpy().astype(np.int64), CAPTIONS[mine], [""] * size)
         norms.append(train_step(model, optimizers, config, step, batch, torch.device("cpu"), Guard(RecoveryConfig()))[1])
-    state = full_state_dict(model)
+        ema.update(model, step)
+    with ema.swapped_into(model):
+        state = full_state_dict(model)
     if rank == 0:
         torch.save((norms, state), path)
 
 
 def test_two_workers_step_as_one_that_takes_two_passes(tmp_path):
-    """Norms to the last bit and weights to 1e-9, of AdamW and of Muon."""
+    """Norms to the last bit and averaged weights to 1e-9, of AdamW and of Muon."""
     for number in (1, 2):
         start_group(_five_steps, number, tmp_path, number, f"{tmp_path}/{number}.pt")
     (norms, weights), (expected_norms, expected) = (torch.load(tmp_path / f"{number}.pt") for number in (2, 1))

@@ -155,11 +155,12 @@ def largest_difference(a: Path, b: Path) -> float:
 
 
 def assert_same_result(output: Path, expected: Path, steps: int = STEPS) -> None:
-    """Curve and weights agree to 1e-5."""
-    ours, theirs = curve(output), curve(expected)
-    assert list(ours) == list(theirs) == list(range(20, steps + 1, 20))
+    """Curves and weights agree to 1e-5."""
+    for name in ("loss", "loss_t_0.75_1.00"):
+        ours, theirs = curve(output, name), curve(expected, name)
+        assert list(ours) == list(theirs) == list(range(20, steps + 1, 20))
+        np.testing.assert_allclose(list(ours.values()), list(theirs.values()), atol=1e-5, rtol=0)
     assert largest_difference(output, expected) <= 1e-5
-    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), atol=1e-5, rtol=0)
 
 
 def assert_same(output: Path, expected: Path, steps: int = STEPS) -> None:
