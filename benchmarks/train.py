@@ -92,7 +92,7 @@ def make_data(root: Path, config: ModelConfig, num: int) -> None:
     (root / "tokens" / "dataset.json").write_text(json.dumps({"shards": [{"file": "part-0.parquet", "rows": num}]}))
 
 
-@torch.inference_mode()
+@torch.no_grad()  # no inference mode: what comes out is trained with
 def encode(model: VQModel, files: list[bytes]) -> torch.Tensor:
     """Tokens (B,H,W) of JPEG files."""
     return model.encode(to_tensor(np.stack([np.asarray(Image.open(io.BytesIO(file))) for file in files])))
