@@ -87,7 +87,7 @@ FLAGS = [
     "--sampling.cfg", "8.0", "8.0", "--validation-images", "0",
 ]  # fmt: skip
 ADAMW = ["--optim.matrix-lr", "None"]
-"""Where passes change: of a gradient's last bit Muon makes more than 1e-5."""
+"""Where passes have other sizes and round otherwise; whether Muon's steps agree to 1e-5 then was not measured."""
 
 
 @pytest.fixture(scope="module")
