@@ -27,8 +27,10 @@ import ray
 from ray import serve as ray_serve
 from serving import PORT, build_bundle, closed_loop, requests
 
+from paella.config import PRESETS
 from serve.app import Arguments, app
 
+SIDE = PRESETS["tiny"].image_size
 TIMES = 10
 QUEUE = 32
 
@@ -54,7 +56,7 @@ async def overloaded(rate: float, seconds: float) -> dict[str, Any]:
     rng = random.Random(0)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         tasks, began = [], time.perf_counter()
-        for kind, body in requests(round(rate * seconds), 4, mixed=False):
+        for kind, body in requests(round(rate * seconds), 4, SIDE, mixed=False):
             await asyncio.sleep(rng.expovariate(rate))
             tasks.append(asyncio.create_task(ask(session, kind, body)))
         await asyncio.gather(*tasks)
@@ -84,7 +86,7 @@ async def disconnecting(clients: int) -> float:
             pass
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        await asyncio.gather(*(client(session, kind, body) for kind, body in requests(clients, 5, mixed=True)))
+        await asyncio.gather(*(client(session, kind, body) for kind, body in requests(clients, 5, SIDE, mixed=True)))
     began = time.perf_counter()
     while (await handle.state.remote())["images"]:
         assert time.perf_counter() - began < 60, "images of clients that are gone stay"
@@ -115,7 +117,7 @@ BAD = [
 async def soak(minutes: float) -> dict[str, Any]:
     """Six clients that ask for everything, a tenth of it wrong, and hang up on another tenth; what is held twice a minute."""
     end, statuses, held = time.monotonic() + 60 * minutes, collections.Counter[str](), []
-    queue = iter(requests(1_000_000, 6, mixed=True))
+    queue = iter(requests(1_000_000, 6, SIDE, mixed=True))
 
     async def client(session: aiohttp.ClientSession, number: int) -> None:
         rng = random.Random(number)
@@ -148,7 +150,7 @@ def main() -> None:
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="of mixed requests, instead of all else")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        model = build_bundle(Path(directory) / "bundle")
+        model = build_bundle(Path(directory) / "bundle", "tiny")
         ray.init(address="local", num_cpus=4, log_to_driver=False)
         ray_serve.start(http_options={"host": "127.0.0.1", "port": PORT})
         ray_serve.run(app(Arguments(model=model, name="tiny", max_queued_images=QUEUE)), name="paella")
@@ -169,7 +171,7 @@ def soaked(minutes: float) -> dict[str, Any]:
 
 def flooded(seconds: float, clients: int) -> dict[str, Any]:
     """Run everything else and print what came of it."""
-    peak = asyncio.run(closed_loop(16, seconds))["images_per_s"]
+    peak = asyncio.run(closed_loop(16, seconds, SIDE))["images_per_s"]
     flood = asyncio.run(overloaded(TIMES * peak, seconds))
     rounds = []
     for _ in range(2):  # the first one makes pools and buffers that stay

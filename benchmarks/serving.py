@@ -3,11 +3,12 @@ against `@serve.batch` with whole requests, over the library's `sample()` and ov
 
     python benchmarks/serving.py                  # tiny with random weights, about ten minutes
     python benchmarks/serving.py --seconds 5
+    python benchmarks/serving.py --preset paella-1b --ways ours --clients 1 8 32     # on a GPU
 
-Closed loop: 8 clients that ask again as soon as they have their picture. Open loop: Poisson arrivals at 70 % of what the library
-under `@serve.batch` can do in the closed loop (or --rate), of 4, 12 and 24 steps, pictures and edits, two sizes; the same
-arrivals for all. Pictures are float32 and the same, bit for bit. The last line is one JSON object. (Not called serve.py: as a
-script it would hide the package.)
+Closed loops: 8 clients (or --clients) that ask again as soon as they have their picture. Open loop: Poisson arrivals at 70 %
+of what the first way can do in the closed loop (or --rate), of 4, 12 and 24 steps, pictures and edits, two sizes; the same
+arrivals for all. On a CPU pictures are float32 and the same, bit for bit. The last line is one JSON object. (Not called serve.py:
+as a script it would hide the package.)
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from PIL import Image
 from ray import serve as ray_serve
 
 from paella import edits
-from paella.bundle import load_bundle, save_bundle
+from paella.bundle import Bundle, load_bundle, save_bundle
 from paella.conditioning import TextEncoders
-from paella.config import PRESETS
+from paella.config import PRESETS, NewByT5
 from paella.sampler import SamplingConfig, sample
 from paella.unet import Paella
 from paella.vqgan import VQModel
@@ -117,14 +118,19 @@ WAYS: dict[str, type[Generator]] = {
 }
 
 
-def build_bundle(path: Path) -> str:
+def build_bundle(path: Path, preset: str) -> str:
+    """A bundle with random weights, whose text encoder is a small one."""
     torch.manual_seed(0)
-    config = PRESETS["tiny"]
-    unet = Paella(config.unet)
+    config = PRESETS[preset]
+    if config.text.new_byt5 is None:
+        text = dataclasses.replace(PRESETS["tiny"].text, new_byt5=NewByT5(d_model=config.unet.byt5_embd))
+        config = dataclasses.replace(config, text=text)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        unet, vqgan = Paella(config.unet), VQModel(config.vqgan)
     for parameter in unet.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
-    weights = {"unet": unet.state_dict(), "vqgan": VQModel(config.vqgan).state_dict()}
+    weights = {"unet": unet.cpu().state_dict(), "vqgan": vqgan.cpu().state_dict()}
     save_bundle(path, config, weights, "random weights", TextEncoders.create(config.text))
     return str(path)
 
@@ -132,30 +138,30 @@ def build_bundle(path: Path) -> str:
 def deployed(model: str, kind: type) -> None:
     """Serve a bundle by one of the four ways, in place of what was served before."""
     if kind is Generator:
-        application = app(Arguments(model=model, name="tiny", max_queued_images=1000))
+        application = app(Arguments(model=model, name="model", max_queued_images=1000))
     else:
-        settings = EngineSettings(model=model, name="tiny", max_queued_images=1000)
+        settings = EngineSettings(model=model, name="model", max_queued_images=1000)
         environment = {"env_vars": threads()}
         engine = ray_serve.deployment(
             kind,
-            name="engine-tiny",
+            name="engine-model",
             user_config=settings.model_dump(),
             max_ongoing_requests=10_000,
-            ray_actor_options={"num_cpus": 1, "runtime_env": environment},
+            ray_actor_options={"num_cpus": 1, "num_gpus": float(torch.cuda.is_available()), "runtime_env": environment},
         ).bind()
         application = ray_serve.deployment(Ingress, name="ingress", max_ongoing_requests=10_000).bind(
-            {"tiny": engine}, "tiny", 600
+            {"model": engine}, "model", 600
         )
     ray_serve.run(application, name="paella")
 
 
-def requests(number: int, seed: int, mixed: bool) -> list[tuple[str, dict]]:
+def requests(number: int, seed: int, side: int, mixed: bool) -> list[tuple[str, dict]]:
     """Requests of a run: text to image of 12 steps, or everything mixed."""
     import base64
 
     rng, made = random.Random(seed), []
     buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(buffer, "PNG")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)).save(buffer, "PNG")
     url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
     for index in range(number):
         fields: dict[str, Any] = {"prompt": f"a red circle and a blue square, number {index}", "seed": index}
@@ -164,7 +170,7 @@ def requests(number: int, seed: int, mixed: bool) -> list[tuple[str, dict]]:
         elif rng.random() < 0.3:
             made.append(("edits", fields | {"image": url, "num_inference_steps": rng.choice((4, 12, 24))}))
         else:
-            size = rng.choice(("64x64", "64x32"))
+            size = rng.choice((f"{side}x{side}", f"{side}x{side // 2}"))
             made.append(("generations", fields | {"size": size, "num_inference_steps": rng.choice((4, 12, 24))}))
     return made
 
@@ -179,10 +185,10 @@ async def ask(session: aiohttp.ClientSession, request: tuple[str, dict]) -> tupl
     return took, sum(metrics[name] for name in TIMES) / 1000
 
 
-async def closed_loop(clients: int, seconds: float) -> dict[str, float]:
+async def closed_loop(clients: int, seconds: float, side: int) -> dict[str, float]:
     """Pictures per second and latencies of clients that ask one after the other."""
     latencies: list[tuple[float, float]] = []
-    queue = iter(requests(100_000, 1, mixed=False))
+    queue = iter(requests(100_000, 1, side, mixed=False))
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         for _ in range(3):
             await ask(session, next(queue))
@@ -197,12 +203,12 @@ async def closed_loop(clients: int, seconds: float) -> dict[str, float]:
     return summary(latencies, elapsed)
 
 
-async def open_loop(rate: float, seconds: float) -> dict[str, float]:
+async def open_loop(rate: float, seconds: float, side: int) -> dict[str, float]:
     """The same for requests that come when they come."""
     rng, number = random.Random(2), max(10, round(rate * seconds))
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         began, tasks = time.perf_counter(), []
-        for request in requests(number, 3, mixed=True):
+        for request in requests(number, 3, side, mixed=True):
             await asyncio.sleep(rng.expovariate(rate))
             tasks.append(asyncio.create_task(ask(session, request)))
         latencies = await asyncio.gather(*tasks)
@@ -220,17 +226,23 @@ def summary(latencies: list[tuple[float, float]], elapsed: float) -> dict[str, f
 @torch.inference_mode()
 def library(model: str, seconds: float) -> float:
     """Median seconds of a picture by the library alone, from a new prompt to pixels."""
-    bundle, took, began = load_bundle(model), [], time.perf_counter()
+    bundle, took, began = loaded(model), [], time.perf_counter()
     config = SamplingConfig(cfg=(4.0,), temperature=(1.0, 0.3))
     for index in range(10_000):
         at = time.perf_counter()
         canvas = edits.text_to_image(bundle, f"a red circle and a blue square, number {index}", seed=index, config=config)
-        bundle.decode(sample(bundle.unet, [canvas], codebook=bundle.vqgan.vquantizer))
+        bundle.decode(sample(bundle.unet, [canvas], codebook=bundle.vqgan.vquantizer)).cpu()
         if index:  # the first one finds its kernels
             took.append(time.perf_counter() - at)
         if time.perf_counter() - began > seconds:
             break
     return statistics.median(took)
+
+
+def loaded(model: str) -> Bundle:
+    """As the server has it."""
+    on_gpu = torch.cuda.is_available()
+    return load_bundle(model, "cuda" if on_gpu else "cpu", torch.bfloat16 if on_gpu else torch.float32)
 
 
 def alone(function: Callable[[str, float], float], model: str, seconds: float) -> float:
@@ -250,13 +262,13 @@ async def _engine_alone(model: str, seconds: float) -> float:
     from serve.schemas import GenerationRequest
 
     with ThreadPoolExecutor(1) as loader:  # as in the replica, the thread that loads ends
-        bundle = loader.submit(load_bundle, model).result()
+        bundle = loader.submit(loaded, model).result()
     engine, took, began = Engine(bundle), [], time.perf_counter()
     for index in range(10_000):
         at = time.perf_counter()
         request = GenerationRequest(prompt=f"a red circle and a blue square, number {index}", seed=index)
         tasks = plan(engine.bundle, Order(request=request, seed=index, request_id="x", timeout_s=60, trace={})).tasks
-        tasks = [dataclasses.replace(each, finish=lambda picture, preview: b"") for each in tasks]
+        tasks = [dataclasses.replace(each, finish=lambda picture, preview: picture.cpu().numpy().tobytes()) for each in tasks]
         _ = [event async for event in engine.submit(tasks)]
         if index:  # the first one finds its kernels
             took.append(time.perf_counter() - at)
@@ -268,45 +280,50 @@ async def _engine_alone(model: str, seconds: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=list(PRESETS), default="tiny")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="of serving, in this order")
+    parser.add_argument("--clients", type=int, nargs="+", default=[8], help="of the closed loops")
     parser.add_argument("--seconds", type=float, default=20, help="of each run")
     parser.add_argument("--rate", type=float, help="requests per second of the open loop")
     arguments = parser.parse_args()
-    seconds = arguments.seconds
+    seconds, side = arguments.seconds, PRESETS[arguments.preset].image_size
     with tempfile.TemporaryDirectory() as directory:
-        model = build_bundle(Path(directory) / "bundle")
+        model = build_bundle(Path(directory) / "bundle", arguments.preset)
         single = {function.__name__: alone(function, model, seconds / 2) for function in (library, engine_alone)}
+        print(json.dumps(single), flush=True)
         ray.init(address="local", num_cpus=4, log_to_driver=False)
         ray_serve.start(http_options={"host": "127.0.0.1", "port": PORT})
         results: dict[str, dict[str, dict[str, float]]] = {}
         rate = arguments.rate
-        for name, kind in WAYS.items():
-            deployed(model, kind)
-            results[name] = {"closed 8": asyncio.run(closed_loop(8, seconds))}
-            rate = rate or 0.7 * results[name]["closed 8"]["images_per_s"]
-            if kind is not OneAtATime:  # which could not keep up
-                results[name]["open"] = asyncio.run(open_loop(rate, 2 * seconds))
-            if kind is Generator:
-                results[name]["closed 1"] = asyncio.run(closed_loop(1, seconds))
+        for name in arguments.ways:
+            deployed(model, WAYS[name])
+            runs = results[name] = {}
+            for clients in arguments.clients:
+                runs[f"closed {clients}"] = asyncio.run(closed_loop(clients, seconds, side))
+            if name == "ours":
+                runs["closed 1"] = asyncio.run(closed_loop(1, seconds, side))
+            rate = rate or 0.7 * max(run["images_per_s"] for run in runs.values())
+            if name != "one at a time":  # which could not keep up
+                runs["open"] = asyncio.run(open_loop(rate, 2 * seconds, side))
         ray_serve.shutdown()
         ray.shutdown()
     report(single, results, rate)
 
 
 def report(alone: dict[str, float], results: dict[str, dict[str, dict[str, float]]], rate: float) -> None:
-    ours, single, whole = results["ours"], results["one at a time"], results["@serve.batch"]
-    print(f"\n{'':16} {'closed loop, 8 clients':>34}   {f'open loop, {rate:.1f} requests/s':>34}")
-    print(f"{'':16} {'images/s':>12} {'p50 s':>10} {'p99 s':>10}   {'images/s':>12} {'p50 s':>10} {'p99 s':>10}")
+    print(f"\n{'':16} {'load':>12} {'images/s':>9} {'p50 s':>8} {'p99 s':>8}    (open: {rate:.1f} requests/s)")
     for name, runs in results.items():
-        shown = [runs[kind] for kind in ("closed 8", "open") if kind in runs]
-        cells = [f"{run['images_per_s']:12.2f} {run['p50_s']:10.3f} {run['p99_s']:10.3f}" for run in shown]
-        print(f"{name:16} {'   '.join(cells)}")
-    ratios = {
-        "throughput_of_one_at_a_time": ours["closed 8"]["images_per_s"] / single["closed 8"]["images_per_s"],
-        "open_p99_of_serve_batch": ours["open"]["p99_s"] / whole["open"]["p99_s"],
-        "open_p99_of_serve_batch_over_ours": ours["open"]["p99_s"] / results["and our engine"]["open"]["p99_s"],
-        "engine_speed_of_library_at_concurrency_1": alone["library"] / alone["engine_alone"],
-        "http_and_ray_ms": 1000 * ours["closed 1"]["outside_engine_s"],
-    }
+        for load, run in runs.items():
+            print(f"{name:16} {load:>12} {run['images_per_s']:9.2f} {run['p50_s']:8.3f} {run['p99_s']:8.3f}")
+    ratios = {"engine_speed_of_library_at_concurrency_1": alone["library"] / alone["engine_alone"]}
+    if (ours := results.get("ours")) is not None:
+        ratios["http_and_ray_ms"] = 1000 * ours["closed 1"]["outside_engine_s"]
+        most = max((load for load in ours if load.startswith("closed")), key=lambda load: int(load.split()[1]))
+        if (other := results.get("one at a time")) is not None:
+            ratios["throughput_of_one_at_a_time"] = ours[most]["images_per_s"] / other[most]["images_per_s"]
+        for name in ("@serve.batch", "and our engine"):
+            if name in results:
+                ratios[f"open_p99_of_{name}"] = ours["open"]["p99_s"] / results[name]["open"]["p99_s"]
     for name, value in ratios.items():
         print(f"{name:44} {value:8.3f}")
     print(json.dumps({"ratios": ratios, "seconds_of_an_image": alone, "results": results}))

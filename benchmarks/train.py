@@ -212,12 +212,17 @@ def compare(steps: int) -> None:
 
 @contextlib.contextmanager
 def watched_memory(peak: list[float]) -> Iterator[None]:
-    """Keeps the largest use of this machine's memory inside the block, in bytes above what is used before."""
-    stop, before = threading.Event(), psutil.virtual_memory().used
+    """Keeps the most bytes that this process's descendants hold together inside the block, shared pages counted once."""
+    stop = threading.Event()
+
+    def held(process: psutil.Process) -> int:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            return process.memory_full_info().pss
+        return 0
 
     def look() -> None:
-        while not stop.wait(0.2):
-            peak[0] = max(peak[0], psutil.virtual_memory().used - before)
+        while not stop.wait(0.5):
+            peak[0] = max(peak[0], sum(map(held, psutil.Process().children(recursive=True))))
 
     thread = threading.Thread(target=look)
     thread.start()

@@ -28,7 +28,9 @@ def _draw(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     """(N,K), (N,) → (N,)."""
     num_labels = logits.shape[1]
     weights = logits.float().sub(logits.amax(1, keepdim=True)).div_(temperature).exp_()  # not normalised
-    weights = torch.nn.functional.pad(weights, (0, -num_labels % BLOCK)).view(len(weights), -1, BLOCK)  # (N,K/BLOCK,BLOCK)
+    if missing := -num_labels % BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, missing))
+    weights = weights.view(len(weights), -1, BLOCK)  # (N,K/BLOCK,BLOCK)
     blocks = weights.sum(2).cumsum(1)
     threshold = uniform[:, None] * blocks[:, -1:]
     block = (blocks <= threshold).sum(1, keepdim=True).clamp_(max=blocks.shape[1] - 1)  # (N,1)

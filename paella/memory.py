@@ -21,11 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from paella.blocks import AttnBlock, ResBlock
 from paella.conditioning import TextEncoders
 from paella.config import ModelConfig
 from paella.flops import TEXT_TOKENS
-from paella.parallel import MIN_UNIT_PARAMETERS, ParallelConfig, count_parameters
+from paella.parallel import ParallelConfig, blocks_of, count_parameters, units
 from paella.unet import Paella
 
 FROZEN_ENCODERS = {
@@ -45,8 +44,8 @@ class Sizes:
     text_trained: bool
     root: int
     """Of those trained: gathered through the whole step, being too small to be sharded on their own."""
-    largest_block: int
-    """Of those trained: the largest block that is gathered on its own."""
+    largest_unit: int
+    """Of those trained: the largest group of blocks that is gathered on its own."""
 
     @property
     def trained(self) -> int:
@@ -63,8 +62,9 @@ def sizes(config: ModelConfig) -> Sizes:
     trained = config.text.new_byt5 is not None
     with torch.device("meta"):
         unet = Paella(config.unet)
-        text = count_parameters(TextEncoders.create(config.text).byt5) if trained else _frozen_size(config.text.byt5)
-    big = [size for size in map(count_parameters, _blocks(unet)) if size >= MIN_UNIT_PARAMETERS]
+        encoder = TextEncoders.create(config.text).byt5 if trained else nn.Module()
+    text = count_parameters(encoder) if trained else _frozen_size(config.text.byt5)
+    big = [sum(map(count_parameters, unit)) for unit in units(nn.ModuleList([unet, encoder]))]
     number = count_parameters(unet)
     return Sizes(number, text, trained, number + text * trained - sum(big), max(big, default=0))
 
@@ -142,10 +142,6 @@ def _weights_in(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _blocks(unet: nn.Module) -> list[nn.Module]:
-    return [module for module in unet.modules() if isinstance(module, ResBlock | AttnBlock)]
-
-
 class _FusedAttention(TorchFunctionMode):
     """Attention by the kernel that GPUs have for masks, which torch does not choose where there is none: it keeps no scores."""
 
@@ -170,7 +166,7 @@ class _Counter:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        hooks = [hook for block in _blocks(self.model) for hook in self._hooks(block)]
+        hooks = [hook for block in blocks_of(self.model) for hook in self._hooks(block)]
         with saved_tensors_hooks(self._pack, lambda kept: kept):
             yield
         for hook in hooks:
@@ -216,6 +212,8 @@ class WorkerMemory:
         return sum(vars(self).values())
 
 
+COMPILED = 0.83
+"""Share of the activations that compiled blocks keep, since they join operations: `paella-1b` on an H200."""
 PROCESS_BYTES = {"cpu": 1.3e9, "cuda": 3e9}
 """Python, libraries and the allocator's waste: on CPUs what a worker of train.py had beyond what is counted, on GPUs assumed."""
 
@@ -235,15 +233,18 @@ def worker_memory(
     size, keeps = sizes(config), kept(config, dtype, device)
     height, width = config.grid(config.image_size, config.image_size)
     chunk = min(images, (parallel.loss_chunk or images * height * width) / (height * width))
-    gathered = size.root + size.largest_block if parallel.reshard_after_forward else size.trained
+    activations = keeps.recomputed if parallel.activation_checkpointing else keeps.activations
+    if parallel.compile and device == "cuda" and not parallel.activation_checkpointing:
+        activations *= COMPILED
+    gathered = size.root + size.largest_unit if parallel.reshard_after_forward else size.trained
     shard = size.trained / num_shards
     return WorkerMemory(
         process=PROCESS_BYTES[device],
         text_encoder=size.frozen * dtype.itemsize,
         state=shard * (16 + 4 * averages),
         # weights, gradients, and the largest group's once more in float32 while it is summed over workers
-        gathered=gathered * 2 * dtype.itemsize + max(size.root, size.largest_block) * 4,
-        activations=images * (keeps.recomputed if parallel.activation_checkpointing else keeps.activations),
+        gathered=gathered * 2 * dtype.itemsize + max(size.root, size.largest_unit) * 4,
+        activations=images * activations,
         logits=keeps.logits * chunk,
         checkpoint_copy=shard * (12 + 4 * averages) if device == "cpu" and asynchronous else 0.0,
     )

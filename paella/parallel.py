@@ -17,11 +17,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial
 from torch.utils.checkpoint import checkpoint
 
-from paella.blocks import AttnBlock, ResBlock
+from paella.blocks import AttnBlock, ResBlock, TimestepBlock
 from paella.prior import PriorBlock
 
 MIN_UNIT_PARAMETERS = 1_000_000
-"""A block smaller than this is gathered with its parent: one large transfer beats many small ones."""
+"""Blocks smaller than this are gathered with the rest of the model: one large transfer beats many small ones."""
+MAX_UNITS = 24
+"""Groups of blocks that are gathered on their own: each costs the thread that launches a GPU's kernels a millisecond or more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,14 +88,29 @@ def shard(model: nn.Module, dtype: torch.dtype, config: ParallelConfig | None = 
     config = config or ParallelConfig()
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = _mesh(config.shard_group_size)
-    blocks = [module for module in model.modules() if isinstance(module, ResBlock | AttnBlock | PriorBlock)]
-    for block in blocks:
+    for block in blocks_of(model):
         _in_training(block, config)
-        if count_parameters(block) >= MIN_UNIT_PARAMETERS:
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+    for unit in units(model):
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     if hasattr(model, "losses"):
         register_fsdp_forward_method(model, "losses")
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks that are recomputed, compiled and gathered as one, in the order in which they run."""
+    return [module for module in model.modules() if isinstance(module, ResBlock | TimestepBlock | AttnBlock | PriorBlock)]
+
+
+def units(model: nn.Module) -> list[list[nn.Module]]:
+    """Blocks that follow one another and whose weights are gathered together; the last ones may be left to the whole model."""
+    enough = max(MIN_UNIT_PARAMETERS, count_parameters(model) / MAX_UNITS)
+    made: list[list[nn.Module]] = [[]]
+    for block in blocks_of(model):
+        made[-1].append(block)
+        if sum(map(count_parameters, made[-1])) >= enough:
+            made.append([])
+    return made[:-1]
 
 
 def _mesh(group_size: int | None) -> DeviceMesh | None:

@@ -233,10 +233,10 @@ def predictions(model: Predictor, canvases: Sequence[Canvas]) -> Iterator[tuple[
         rows = [[*canvas.prompts, canvas.negative] if _guided(canvas) else [*canvas.prompts] for canvas in group]
         counts = [len(of_canvas) for of_canvas in rows]
         prepared = Prepared.stack([row for of_canvas in rows for row in of_canvas])
-        tokens = torch.stack([canvas.tokens for canvas in group])
-        t = torch.tensor([canvas.config.at(canvas.step).t for canvas in group], device=tokens.device)
-        repeats = torch.tensor(counts, device=tokens.device)
-        logits = model(tokens.repeat_interleave(repeats, 0), t.repeat_interleave(repeats), prepared=prepared)
+        canvas_of = [canvas for canvas, of_canvas in zip(group, rows, strict=True) for _ in of_canvas]
+        tokens = torch.stack([canvas.tokens for canvas in canvas_of])
+        t = torch.tensor([canvas.config.at(canvas.step).t for canvas in canvas_of])
+        logits = model(tokens, sent(t, tokens.device), prepared=prepared)
         for canvas, own in zip(group, logits.split(counts), strict=True):
             yield canvas, guide(own, canvas)
 
@@ -286,7 +286,7 @@ def choose(logits: Tensor, canvas: Canvas, temperature: float, codebook: Codeboo
         return codebook.nearest(mean.permute(2, 0, 1)[None])[0]
     scores = keep_likely(scores, top_k=config.top_k, top_p=config.top_p, typical_p=config.typical_p)
     uniform = _rng(canvas.seed, canvas.step + 1).random(tuple(scores.shape[:2]), dtype=np.float32)
-    return draw(scores, torch.from_numpy(uniform).to(scores.device), temperature)
+    return draw(scores, sent(torch.from_numpy(uniform), scores.device), temperature)
 
 
 def noise_source(canvas: Canvas, num_labels: int, rng: np.random.Generator) -> Tensor:
@@ -295,19 +295,24 @@ def noise_source(canvas: Canvas, num_labels: int, rng: np.random.Generator) -> T
         return canvas.source
     source = canvas.tokens  # those before the step
     if canvas.config.renoise_from == "fresh":
-        source = torch.from_numpy(rng.integers(num_labels, size=tuple(source.shape))).to(source.device)
+        source = sent(torch.from_numpy(rng.integers(num_labels, size=tuple(source.shape))), source.device)
     return source if canvas.mask is None else torch.where(canvas.mask, source, canvas.source)
 
 
 def renoise(tokens: Tensor, t: float, rng: np.random.Generator, source: Tensor) -> Tensor:
     """Replace a share t of (H,W) tokens by those of source."""
-    uniform = torch.from_numpy(rng.random(tuple(tokens.shape), dtype=np.float32)).to(tokens.device)
+    uniform = sent(torch.from_numpy(rng.random(tuple(tokens.shape), dtype=np.float32)), tokens.device)
     return torch.where(uniform <= t, source, tokens)
 
 
 def random_tokens(seed: int, size: tuple[int, int], num_labels: int) -> Tensor:
     """The start noise of an image: (H,W) int64."""
     return torch.from_numpy(_rng(seed, 0).integers(num_labels, size=size))
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for it: a wait would be one for every pass that is under way there."""
+    return values.to(device, non_blocking=True)
 
 
 def _rng(seed: int, step: int, stream: int = 0) -> np.random.Generator:

@@ -6,8 +6,9 @@ B batch of one worker, H W token grid, K codes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,21 +121,23 @@ class TextToTokens(nn.Module):
         """Logits (B,K,H,W) of the inputs of `_features`."""
         return self.unet.out_mapper(self._features(*inputs))
 
-    def losses(self, targets: Tensor, *inputs: Any, label_smoothing: float, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    def losses(
+        self, targets: Tensor, *inputs: Any, label_smoothing: float, chunk: int | None = None, compiled: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """What `forward` of the same inputs loses on targets (B,H,W): the cross-entropy of each token, (B·H·W,) float32, and
         whether its likeliest code is right.
 
-        With a chunk no more than that many tokens have logits at the same time; the backward pass computes them again.
+        With a chunk no more than that many tokens have logits at the same time; the backward pass computes them again. Compiled,
+        they are read once for all that is made of them.
         """
+        of_tokens = _compiled_token_losses() if compiled else _token_losses
         features = self._features(*inputs)
         rows = features.permute(0, 2, 3, 1).flatten(0, 2)  # (B·H·W,c_out), a view
-        if chunk is None:
-            parts = [_token_losses(self.unet.out_mapper, rows, targets.flatten(), label_smoothing)]
-        else:
-            pieces = zip(rows.split(chunk), targets.flatten().split(chunk), strict=True)
-            parts = [
-                checkpoint(_token_losses, self.unet.out_mapper, *piece, label_smoothing, use_reentrant=False) for piece in pieces
-            ]
+        if chunk is not None:
+            of_tokens = functools.partial(checkpoint, of_tokens, use_reentrant=False)
+        size = chunk or len(rows)
+        pieces = zip(rows.split(size), targets.flatten().split(size), strict=True)
+        parts = [of_tokens(self.unet.out_mapper, *piece, label_smoothing) for piece in pieces]
         losses, right = (torch.cat(values) for values in zip(*parts, strict=True))
         return losses, right
 
@@ -163,12 +166,22 @@ class TextToTokens(nn.Module):
         return self.unet.features(tokens, t, byt5=states, byt5_mask=mask, clip=clip, clip_image=clip_image)
 
 
-def _token_losses(out_mapper: nn.Module, features: Tensor, targets: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
+def _token_losses(out_mapper: nn.Sequential, features: Tensor, targets: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
     """Cross-entropy and whether the likeliest code is right, of tokens with features (N,C) and targets (N,): both (N,)."""
-    logits = out_mapper(features.T[None, :, :, None])  # (1,K,N,1), the features being channels-last as they are
-    logits = logits[0, :, :, 0].T.float()  # (N,K), a view where the logits are float32: softmax is fast over the last axis
+    norm, classifier = out_mapper[0], out_mapper[1]
+    columns = norm(features.T[None, :, :, None])  # (1,C,N,1), the features being channels-last as they are
+    if features.is_cuda:  # whose convolution would write the logits the other way round
+        logits = F.linear(columns[0, :, :, 0].T, next(classifier.parameters()).flatten(1))
+    else:
+        logits = classifier(columns)[0, :, :, 0].T
+    logits = logits.float()  # (N,K), a view where the logits are float32: softmax is fast over the last axis
     losses = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")
     return losses, logits.detach().argmax(1) == targets
+
+
+@functools.cache
+def _compiled_token_losses() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_token_losses)
 
 
 @dataclass(frozen=True)
@@ -186,7 +199,7 @@ class Keep:
         return Keep(self.caption[rows], self.clip[rows], self.clip_image[rows])
 
     def to(self, device: torch.device) -> Keep:
-        return Keep(self.caption.to(device), self.clip.to(device), self.clip_image.to(device))
+        return Keep(*(value.to(device, non_blocking=True) for value in (self.caption, self.clip, self.clip_image)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +240,8 @@ class Draws:
         return Draws(self.t[rows], self.noised[rows], self.weight[rows], self.keep[rows])
 
     def to(self, device: torch.device) -> Draws:
-        return Draws(self.t.to(device), self.noised.to(device), self.weight.to(device), self.keep.to(device))
+        t, noised, weight = (value.to(device, non_blocking=True) for value in (self.t, self.noised, self.weight))
+        return Draws(t, noised, weight, self.keep.to(device))
 
 
 def draw_noise(tokens: Tensor, num_labels: int, seed: int, samples: Sequence[int], config: NoiseConfig, step: int = 0) -> Draws:

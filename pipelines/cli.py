@@ -37,7 +37,8 @@ def start_ray() -> None:
     """Connect to the running cluster (`ray job submit`, RAY_ADDRESS) or start one on this machine."""
     if ray.is_initialized():
         return
-    environment = {"env_vars": WORKER_ENVIRONMENT | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")}}
+    chosen = {name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}
+    environment = {"env_vars": chosen | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")}}
     runtime_env = None if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else environment
     if "RAY_ADDRESS" in os.environ or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         ray.init(address="auto", runtime_env=runtime_env, logging_level=logging.WARNING)

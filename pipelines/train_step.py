@@ -48,7 +48,10 @@ def train_step(
 
 def forward(model: TextToTokens, config: TrainConfig, targets: Tensor, inputs: list, draws: Draws) -> tuple[Tensor, Tensor]:
     """The loss of a part of a batch, and the sums for its metrics."""
-    losses, right = model.losses(targets, *inputs, label_smoothing=config.label_smoothing, chunk=config.parallel.loss_chunk)
+    parallel = config.parallel
+    losses, right = model.losses(
+        targets, *inputs, label_smoothing=config.label_smoothing, chunk=parallel.loss_chunk, compiled=parallel.compile
+    )
     return loss_and_metrics(losses, right, draws)
 
 
@@ -69,8 +72,8 @@ def split(
     for first in range(0, len(tokens), size):
         part = slice(first, first + size)
         mine = draws[part].to(device)
-        inputs = [value.to(device) for value in (*text_of(model, batch, part), *(each[part] for each in clip))]
-        yield tokens[part].to(device), [mine.noised, mine.t, *inputs[:2], mine.keep, *inputs[2:]], mine
+        inputs = [value.to(device, non_blocking=True) for value in (*text_of(model, batch, part), *(each[part] for each in clip))]
+        yield tokens[part].to(device, non_blocking=True), [mine.noised, mine.t, *inputs[:2], mine.keep, *inputs[2:]], mine
 
 
 def text_of(model: TextToTokens, batch: TokenBatch, part: slice) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from paella.bundle import Bundle
-from paella.sampler import Canvas, step
+from paella.cuda_graphs import GraphedUnet
+from paella.sampler import Canvas, Predictor, step
 from paella.step_scheduler import StepScheduler, num_tokens
 from serve.knee import Knee
 
@@ -160,7 +161,8 @@ class Engine:
         height, width = bundle.config.grid(*bundle.default_size)
         per_image = height * width
         weight = next(bundle.unet.parameters())
-        on_cpu = weight.device.type == "cpu"
+        self.device = weight.device
+        on_cpu = self.device.type == "cpu"
         small = on_cpu and bundle.config.single_threaded
         self.lanes, self.threads = (self.config.lanes, 1) if small else (1, torch.get_num_threads())
         self.one_thread = on_cpu and not small
@@ -168,6 +170,7 @@ class Engine:
         low = min(max(self.config.min_batch_images, self.lanes), high)
         if on_cpu and weight.dtype == torch.float32:  # each image has its own pass, so that a larger batch never pays
             high = low
+        self.predictor: Predictor = bundle.unet if on_cpu else GraphedUnet(bundle.unet)
         self.knee = Knee(low * per_image, high * per_image)
         self.scheduler = StepScheduler(self.knee.limit)
         self.trace: deque[dict[str, Any]] = deque(maxlen=10_000)
@@ -325,7 +328,9 @@ class Engine:
         """One step of all; of a small model on a CPU in lanes side by side, which changes no picture in float32."""
         codebook = self.bundle.vqgan.vquantizer
         if self.lanes == 1 or len(batch) == 1:
-            step(self.bundle.unet, batch, codebook=codebook)
+            step(self.predictor, batch, codebook=codebook)
+            if self.device.type == "cuda":  # or steps would be taken ahead of time, which no image could join or leave
+                torch.cuda.current_stream(self.device).synchronize()
             return
         ordered = sorted(batch, key=lambda canvas: -canvas.tokens.numel())
         parts = [ordered[lane :: self.lanes] for lane in range(self.lanes)]

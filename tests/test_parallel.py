@@ -115,7 +115,7 @@ def sharded(config: train_config.TrainConfig, rank: int, steps: int) -> tuple[li
 
 def _ways(rank: int) -> None:
     """Losses and weights after three steps, against one process with whole batches."""
-    parallel.MIN_UNIT_PARAMETERS = 0  # every block a unit of its own, as in the large model
+    parallel.MIN_UNIT_PARAMETERS, parallel.MAX_UNITS = 0, 3  # units of several blocks, as in the large model
     plain = small_training(ParallelConfig())
     start = new_model(plain).state_dict()
     expected, expected_norms, weights = plainly(plain, steps=3) if rank == 0 else ([], [], {})
