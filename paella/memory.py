@@ -233,7 +233,7 @@ def worker_memory(
     size, keeps = sizes(config), kept(config, dtype, device)
     height, width = config.grid(config.image_size, config.image_size)
     chunk = min(images, (parallel.loss_chunk or images * height * width) / (height * width))
-    activations = keeps.recomputed if parallel.activation_checkpointing else keeps.activations
+    activations = float(keeps.recomputed if parallel.activation_checkpointing else keeps.activations)
     if parallel.compile and device == "cuda" and not parallel.activation_checkpointing:
         activations *= COMPILED
     gathered = size.root + size.largest_unit if parallel.reshard_after_forward else size.trained

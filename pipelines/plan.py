@@ -79,7 +79,7 @@ class PlanConfig:
     num_gpus: int = 8
     """Workers."""
     mfu: float = 0.25
-    """Share of the data sheet's arithmetic that training reaches (0.21 measured on one H200); not used for cpu, which is timed."""
+    """Share of the data sheet's arithmetic that training reaches (one H200: 0.21); not used for cpu, which is timed."""
     encode_efficiency: float = 0.6
     """The same of the encoders in tokenizing, of the float32 arithmetic."""
     source_kb: float = 150.0
