@@ -22,7 +22,7 @@ import pyarrow.fs as pafs
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
-from paella.checkpoint import MANIFEST, TrainingState, digest, manifest
+from paella.checkpoint import MANIFEST, TrainingState, digest, give_way, manifest
 from paella.parallel import cpu_group
 from paella.storage import first_line
 
@@ -43,7 +43,7 @@ class Checkpoints:
         self.local = isinstance(self.filesystem, pafs.LocalFileSystem)
         self.rank = dist.get_rank()
         self.group = cpu_group()  # the writing thread's, as collectives of two threads must not mix
-        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.thread = ThreadPoolExecutor(1, "checkpoint", initializer=give_way)
         self.pending: Future[None] | None = None
         self.newest: int | None = None
 
