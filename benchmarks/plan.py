@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from train import CAPTION, make_text_encoder
+from train import CAPTION, FRUGAL, make_text_encoder
 
 from paella.checkpoint import TrainingState
 from paella.ema import Ema
@@ -135,7 +135,8 @@ def compare(name: str, workers: int) -> dict[str, Any]:
 
 
 def main(names: list[str], numbers: list[int]) -> None:
-    os.environ.update(cli.WORKER_ENVIRONMENT)  # as the program's workers have it
+    # as the program's workers have it, but that the largest model must fit
+    os.environ.update(cli.WORKER_ENVIRONMENT | (FRUGAL if names == ["paella-1b"] else {}))
     results = {f"{name}, {number}": compare(name, number) for name in names for number in numbers}
     print(f"{'':12} {'GB a worker':>12} {'measured':>9} {'ratio':>6} {'images/s':>9} {'measured':>9} {'ratio':>6}")
     for name, found in results.items():

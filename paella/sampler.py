@@ -134,6 +134,8 @@ class Canvas:
     step: int = 0
     prediction: Tensor = field(init=False)
     """(H,W) the last draw, before re-noising: a preview."""
+    _stacked: tuple[list[Prepared], Prepared] | None = field(init=False, default=None, repr=False)
+    """Conditions that have shared a pass with those of this canvas before them, and their stack."""
 
     def __post_init__(self) -> None:
         self.prediction = self.tokens
@@ -232,13 +234,24 @@ def predictions(model: Predictor, canvases: Sequence[Canvas]) -> Iterator[tuple[
     for group in groups(canvases, next(iter(model.parameters()))):
         rows = [[*canvas.prompts, canvas.negative] if _guided(canvas) else [*canvas.prompts] for canvas in group]
         counts = [len(of_canvas) for of_canvas in rows]
-        prepared = Prepared.stack([row for of_canvas in rows for row in of_canvas])
+        prepared = _stack(group, [row for of_canvas in rows for row in of_canvas])
         canvas_of = [canvas for canvas, of_canvas in zip(group, rows, strict=True) for _ in of_canvas]
         tokens = torch.stack([canvas.tokens for canvas in canvas_of])
         t = torch.tensor([canvas.config.at(canvas.step).t for canvas in canvas_of])
         logits = model(tokens, sent(t, tokens.device), prepared=prepared)
         for canvas, own in zip(group, logits.split(counts), strict=True):
             yield canvas, guide(own, canvas)
+
+
+def _stack(group: Sequence[Canvas], rows: list[Prepared]) -> Prepared:
+    """The conditions of a pass, which its first canvas keeps for the next step: they are the same as long as the group is."""
+    before, stacked = group[0]._stacked or ([], None)
+    if stacked is None or len(before) != len(rows) or any(old is not new for old, new in zip(before, rows, strict=True)):
+        stacked = Prepared.stack(rows)
+    for canvas in group:
+        canvas._stacked = None
+    group[0]._stacked = rows, stacked
+    return stacked
 
 
 def groups(canvases: Sequence[Canvas], weight: Tensor) -> list[Sequence[Canvas]]:

@@ -36,13 +36,20 @@ class Prepared:
         lengths = [row.keys_values[0].shape[1] if row.keys_values else 0 for row in rows]
         longest = max(lengths)
         device = rows[0].device
-        padded = [[F.pad(kv, (0, 0, 0, longest - n)) for kv in row.keys_values] for row, n in zip(rows, lengths, strict=True)]
-        keys_values = tuple(torch.cat(of_block) for of_block in zip(*padded, strict=True))
+        keys_values = tuple(_padded(of_block, longest) for of_block in zip(*(row.keys_values for row in rows), strict=True))
         if not keys_values or (len(set(lengths)) == 1 and all(row.mask is None for row in rows)):
             return cls(keys_values, None, device)
         whole = (row.keys_values[0].new_ones(row.keys_values[0].shape[:2], dtype=torch.bool) for row in rows)
         masks = [every if row.mask is None else row.mask for row, every in zip(rows, whole, strict=True)]
         return cls(keys_values, torch.cat([F.pad(mask, (0, longest - mask.shape[1])) for mask in masks]), device)
+
+
+def _padded(parts: Sequence[Tensor], length: int) -> Tensor:
+    """(B,S,D) tensors of several lengths S, one behind the other, with zeros up to `length`: on a GPU in a call or two."""
+    padded = parts[0].new_zeros(sum(map(len, parts)), length, parts[0].shape[2])
+    places = padded.split([len(part) for part in parts])
+    torch._foreach_copy_([place[:, : part.shape[1]] for place, part in zip(places, parts, strict=True)], list(parts))
+    return padded
 
 
 class Paella(nn.Module):

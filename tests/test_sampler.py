@@ -1,6 +1,8 @@
 """The sampler: the published trace, exact draws, and images that depend on their own seed, prompt and settings only."""
 
+import copy
 import dataclasses
+import itertools
 import json
 import random
 from pathlib import Path
@@ -195,6 +197,37 @@ def test_prepared_conditions_are_the_same(bundle):
     torch.testing.assert_close(both[:1], plain)
 
 
+class Watched:
+    """A bfloat16 U-Net, whose passes many images share, that takes down the conditions of each."""
+
+    def __init__(self, unet: Paella) -> None:
+        self.unet, self.config, self.seen = unet, unet.config, []
+
+    def parameters(self):
+        return self.unet.parameters()
+
+    def __call__(self, tokens, t, *, prepared):
+        self.seen.append(prepared)
+        return self.unet(tokens, t, prepared=prepared)
+
+
+def test_conditions_are_stacked_once_for_as_long_as_images_go_on_together(bundle):
+    half = dataclasses.replace(bundle, unet=copy.deepcopy(bundle.unet).bfloat16())
+    model, config = Watched(half.unet), SamplingConfig(num_inference_steps=9)
+    first, second, third = (
+        half.canvas(conditions, half.negative(conditions), seed=0, config=config)
+        for conditions in map(half.conditions, ("a", "a rather longer prompt", "blue"))
+    )
+    for company in ([first], [first], [first, second], [first, second], [second, first], [second], [second, third]):
+        step(model, company)
+        rows = [row for canvas in company for row in (*canvas.prompts, canvas.negative)]
+        given, expected = model.seen[-1], Prepared.stack(rows)
+        assert all(torch.equal(a, b) for a, b in zip(given.keys_values, expected.keys_values, strict=True))
+        assert given.mask is expected.mask or torch.equal(given.mask, expected.mask)
+    again = [new is old for new, old in itertools.pairwise(model.seen)]
+    assert again == [True, False, True, False, False, False]
+
+
 def test_previews(bundle):
     seen: list[torch.Tensor] = []
     config = SamplingConfig(num_inference_steps=3)
@@ -285,7 +318,9 @@ def test_graphs_say_what_the_unet_says():
     graphs = GraphedUnet(model)
     for rows, length in ((2, 5), (3, 70), (1, 64), (2, 9), (9, 5)):
         prepared = [model.prepare(byt5=torch.randn(1, length - row % 2, 128, device="cuda")) for row in range(rows)]
-        tokens, t = torch.randint(512, (rows, 16, 16), device="cuda"), torch.rand(rows, device="cuda")
-        expected = model(tokens, t, prepared=Prepared.stack(prepared))
-        torch.testing.assert_close(graphs(tokens, t, prepared=Prepared.stack(prepared)), expected, atol=1e-4, rtol=1e-3)
+        stacked = Prepared.stack(prepared)
+        for _ in range(2):  # the second time with the same conditions
+            tokens, t = torch.randint(512, (rows, 16, 16), device="cuda"), torch.rand(rows, device="cuda")
+            expected = model(tokens, t, prepared=stacked)
+            torch.testing.assert_close(graphs(tokens, t, prepared=stacked), expected, atol=1e-4, rtol=1e-3)
     assert len(graphs.graphs) == 4 and all(shape[0] <= 8 for shape in graphs.graphs)
