@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from paella import command_line
 from paella.config import ModelConfig
+from paella.ema import Ema
 from paella.flops import PEAK_TFLOPS, TEXT_TOKENS, matrix_rate, training_flops
 from paella.memory import WorkerMemory, sizes, worker_memory
 from paella.parallel import ParallelConfig, compute_dtype
@@ -50,6 +51,8 @@ UNITS_PER_GPU = 4
 """Such objects on their way to one GPU, beside one in the making on each CPU that feeds it."""
 GLOO_BYTES_PER_S = 0.27e9
 """What a worker on CPUs receives of another one on the same machine (0.21 to 0.30 measured, two processes on 2 cores)."""
+FSDP_COPIES = 4
+"""Of all weights, that a worker makes in a pass beside what it sends: unpacked twice; gradients packed, and put in place."""
 TIMED_IMAGES = 8
 """Images of a pass that is timed, at most."""
 HEADROOM = 0.9
@@ -190,23 +193,34 @@ def text_flops(model: ModelConfig) -> float:
 
 def cpu_rate(config: PlanConfig, images: int) -> float:
     """Images a second through the U-Net of all workers on this machine: a worker's passes and update, timed with its share of the
-    CPUs, and the weights and gradients that it exchanges with the others. The update counts whole: Muon's is, and AdamW's waits
-    for the memory that workers share."""
+    CPUs, and the weights and gradients that it exchanges with the others and copies. The update counts whole: Muon's is, and
+    AdamW's waits for the memory that workers share."""
     workers, cpus = config.num_gpus, os.cpu_count() or 1
     pass_s, update_s = timed(config.model, config.optim, min(images, TIMED_IMAGES), max(1, cpus // workers))
-    exchanged = 4 * sizes(config.model).trained * (workers - 1) / workers
-    exchange_s = exchanged * (2 + config.parallel.reshard_after_forward) / GLOO_BYTES_PER_S
+    weights, transfers = 4 * sizes(config.model).trained, 2 + config.parallel.reshard_after_forward
+    exchange_s = weights * transfers * (workers - 1) / workers / GLOO_BYTES_PER_S
+    copy_s = weights * (FSDP_COPIES + transfers * (workers == 1)) / copy_rate()
     passes = config.global_batch_size / workers / images
-    step_s = passes * (pass_s * images / min(images, TIMED_IMAGES) + exchange_s) + update_s
+    step_s = passes * (pass_s * images / min(images, TIMED_IMAGES) + exchange_s + copy_s) + update_s
     return config.global_batch_size / (step_s * max(1, workers / cpus))
 
 
+def copy_rate(size: int = 2**27) -> float:
+    """Bytes a second that one thread copies."""
+    source, target = torch.ones(2, size, dtype=torch.uint8)
+    target.copy_(source)
+    began = time.perf_counter()
+    target.copy_(source)
+    return size / (time.perf_counter() - began)
+
+
 def timed(model: ModelConfig, optim: OptimConfig, images: int, threads: int, seconds: float = 5.0) -> tuple[float, float]:
-    """Seconds of forward and backward of so many images through the U-Net, and of the update, on so many threads."""
+    """Seconds of forward and backward of so many images through the U-Net, and of the update (clipping, optimizers, averages), on
+    so many threads."""
     before, dtype = torch.get_num_threads(), compute_dtype("auto", torch.device("cpu"))
     torch.set_num_threads(threads)
     unet = Paella(model.unet).to(dtype).train()
-    optimizers = optim.optimizers(unet)
+    optimizers, ema = optim.optimizers(unet), Ema(unet, 0.999)
     height, width = model.grid(model.image_size, model.image_size)
     tokens = torch.randint(model.unet.num_labels, (images, height, width))
     states = torch.randn(images, TEXT_TOKENS, model.unet.byt5_embd, dtype=dtype)
@@ -216,9 +230,11 @@ def timed(model: ModelConfig, optim: OptimConfig, images: int, threads: int, sec
         logits = unet(tokens, torch.rand(images), byt5=states)
         nn.functional.cross_entropy(logits.float(), tokens, label_smoothing=0.1).backward()
         passed = time.perf_counter()
+        nn.utils.clip_grad_norm_(unet.parameters(), optim.grad_clip)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+        ema.update(unet, len(times))
         times.append((passed - began, time.perf_counter() - passed))
     torch.set_num_threads(before)
     pass_s, update_s = (statistics.median(values) for values in zip(*times[1:], strict=True))

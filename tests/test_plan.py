@@ -91,13 +91,15 @@ def test_hours_follow_from_arithmetic():
 def test_workers_on_cpus_share_cores_and_exchange_weights(monkeypatch):
     monkeypatch.setattr(plan, "timed", lambda model, optim, images, threads: (images / (10 * threads), 0.5))
     monkeypatch.setattr(plan.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(plan, "copy_rate", lambda: 1e9)
     config = dataclasses.replace(plan.presets()["tiny"], gpu="cpu", num_gpus=1, global_batch_size=64)
-    assert plan.cpu_rate(config, 16) == pytest.approx(64 / (64 / 20 + 0.5))
-    gathered = 4 * memory.sizes(config.model).trained / 2 / plan.GLOO_BYTES_PER_S
+    weights = 4 * memory.sizes(config.model).trained
     for reshard, times in ((False, 2), (True, 3)):
         parallel = dataclasses.replace(config.parallel, reshard_after_forward=reshard)
-        two = dataclasses.replace(config, num_gpus=2, parallel=parallel)
-        assert plan.cpu_rate(two, 16) == pytest.approx(64 / (32 / 10 + 2 * times * gathered + 0.5))
+        one = dataclasses.replace(config, parallel=parallel)
+        assert plan.cpu_rate(one, 16) == pytest.approx(64 / (64 / 20 + 4 * (4 + times) * weights / 1e9 + 0.5))
+        two, exchanged = dataclasses.replace(one, num_gpus=2), times * weights / 2 / plan.GLOO_BYTES_PER_S
+        assert plan.cpu_rate(two, 16) == pytest.approx(64 / (32 / 10 + 2 * (exchanged + 4 * weights / 1e9) + 0.5))
     four = dataclasses.replace(config, num_gpus=4)
     assert plan.cpu_rate(four, 16) < plan.cpu_rate(dataclasses.replace(config, num_gpus=2), 16), "more workers than cores"
 
