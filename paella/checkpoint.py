@@ -12,15 +12,17 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 
 from paella.ema import Ema
 
@@ -32,16 +34,15 @@ class TrainingState:
 
     def __init__(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], ema: Ema) -> None:
         self.model, self.optimizers, self.ema = model, optimizers, ema
+        self.thread = ThreadPoolExecutor(1, "write", initializer=give_way)
 
     def save(self, directory: Path, group: dist.ProcessGroup | None = None, *, asynchronous: bool = False) -> Future[None]:
         """Write this rank's shards; asynchronous: copied now, written by a thread, whose collectives go through `group`."""
         if asynchronous:
-            saving = dcp.async_save(self._values(), storage_writer=_QuietWriter(directory), process_group=group)
-            assert isinstance(saving, Future)
-            return saving
+            return self.thread.submit(write, copied(self._values()), directory, group)
         done: Future[None] = Future()
         try:
-            dcp.save(self._values(), storage_writer=dcp.FileSystemWriter(directory), process_group=group)
+            write(self._values(), directory, group)
             done.set_result(None)
         except (Exception, dcp.CheckpointException) as error:  # kept, as the thread would
             done.set_exception(error)
@@ -58,12 +59,20 @@ class TrainingState:
         return {"model": model, "optimizer": optimizer, "ema": self.ema.shadow}
 
 
-class _QuietWriter(dcp.FileSystemWriter):
-    """Writes on a thread of its own, which is not to slow down training."""
+def write(values: dict[str, Any], directory: Path, group: dist.ProcessGroup | None) -> None:
+    """Write this rank's shards of values. Every rank must call it."""
+    dcp.save(values, storage_writer=dcp.FileSystemWriter(directory), process_group=group)
 
-    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Any:
-        give_way()
-        return super().write_data(plan, planner)
+
+def copied(values: dict[str, Any]) -> dict[str, Any]:
+    """The same values with tensors of their own, on the CPU. `dcp.async_save` copies each sharded one three times."""
+    return tree_map_only(Tensor, _copied, values)
+
+
+def _copied(value: Tensor) -> Tensor:
+    if isinstance(value, DTensor):
+        return DTensor(_copied(value.to_local()), value._spec, requires_grad=False)
+    return value.detach().to("cpu", copy=True)
 
 
 def give_way() -> None:
