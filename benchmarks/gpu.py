@@ -59,9 +59,8 @@ def kernels_shown(number: int) -> Iterator[None]:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         yield
         torch.cuda.synchronize()
-    rows = [
-        event for event in profiler.key_averages() if event.self_device_time_total and "cuda" in str(event.device_type).lower()
-    ]
+    on_gpu = [event for event in profiler.key_averages() if "cuda" in str(event.device_type).lower()]
+    rows = [event for event in on_gpu if not event.key.startswith(("Optimizer.", "FSDP::"))]  # which are made of kernels
     total = sum(event.self_device_time_total for event in rows)
     for event in sorted(rows, key=lambda event: -event.self_device_time_total)[:number]:
         share = event.self_device_time_total / total
@@ -130,7 +129,7 @@ def sampling(batches: list[int], kernels: int) -> list[dict]:
     grid = config.grid(config.image_size, config.image_size)
     states = torch.randn(2, TEXT_TOKENS, config.unet.byt5_embd, device=DEVICE, dtype=torch.bfloat16)
     prompt, negative = model.prepare(byt5=states[:1]), model.prepare(byt5=states[1:, :1])
-    ways: dict[str, Predictor] = {"U-Net": model, "its graphs": GraphedUnet(model)}
+    ways: dict[str, Predictor] = {"U-Net": model, "its graphs": GraphedUnet(model, grid)}
     for batch in batches:
         for name, predictor in ways.items():
 

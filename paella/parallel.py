@@ -31,7 +31,7 @@ class ParallelConfig:
     """How a model is spread over workers, and what is traded for memory and speed; none of it changes what is learned."""
 
     reshard_after_forward: bool = True
-    """Give a block's gathered weights back after its forward pass and gather them again for the backward pass (ZeRO-3);
+    """Give a unit's gathered weights back after its forward pass and gather them again for the backward pass (ZeRO-3);
     keeping them in between is faster where memory allows (ZeRO-2)."""
     shard_group_size: int | None = None
     """Hybrid sharding: weights are sharded over this many workers, those of a node say, and every group holds them all; gradients

@@ -37,6 +37,7 @@ def start_ray() -> None:
     """Connect to the running cluster (`ray job submit`, RAY_ADDRESS) or start one on this machine."""
     if ray.is_initialized():
         return
+    # what the user has set stays: models that hardly fit need an allocator that gives memory back
     chosen = {name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}
     environment = {"env_vars": chosen | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")}}
     runtime_env = None if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else environment

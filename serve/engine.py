@@ -170,7 +170,7 @@ class Engine:
         low = min(max(self.config.min_batch_images, self.lanes), high)
         if on_cpu and weight.dtype == torch.float32:  # each image has its own pass, so that a larger batch never pays
             high = low
-        self.predictor: Predictor = bundle.unet if on_cpu else GraphedUnet(bundle.unet)
+        self.predictor: Predictor = bundle.unet if on_cpu else GraphedUnet(bundle.unet, (height, width))
         self.knee = Knee(low * per_image, high * per_image)
         self.scheduler = StepScheduler(self.knee.limit)
         self.trace: deque[dict[str, Any]] = deque(maxlen=10_000)

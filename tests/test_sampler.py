@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from scipy import stats
 from torch import nn
 
+from paella import cuda_graphs
 from paella.bundle import Bundle
 from paella.conditioning import TextEncoders, unconditional
 from paella.config import PRESETS, PaellaConfig
@@ -306,6 +307,24 @@ def test_bad_seed(seed):
         random_tokens(seed, (2, 2), 4)
 
 
+def test_few_shapes_are_recorded_whatever_is_asked_for(bundle, monkeypatch):
+    """A client that varies sizes and prompts must not fill the memory with recordings."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(cuda_graphs, "_Graph", lambda unet, *shape: Watched(unet))
+    monkeypatch.setattr(Watched, "replay", lambda graph, tokens, t, prepared: "replayed", raising=False)
+    plain: list[tuple[int, ...]] = []
+    monkeypatch.setattr(bundle.unet, "forward", lambda tokens, t, **conditions: plain.append(tuple(tokens.shape)))
+    graphs = GraphedUnet(bundle.unet, (16, 16))
+    for rows in range(1, 12):
+        for length in range(1, 200, 3):
+            prepared = Prepared((torch.zeros(rows, length, 4),), None, torch.device("cpu"))
+            for side in (8, 16):
+                graphs(torch.zeros(rows, side, 16, dtype=torch.long), torch.ones(rows), prepared=prepared)
+    assert set(graphs.graphs) == {(rows, length, 16, 16) for rows in (1, 2, 4, 8) for length in (64, 128, 256)}
+    assert {shape for shape in plain if shape[1] == 16} == {(9, 16, 16), (10, 16, 16), (11, 16, 16)}
+    assert {shape[0] for shape in plain if shape[1] == 8} == set(range(1, 12))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @torch.inference_mode()
 def test_graphs_say_what_the_unet_says():
@@ -315,7 +334,7 @@ def test_graphs_say_what_the_unet_says():
     for parameter in model.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.1)
-    graphs = GraphedUnet(model)
+    graphs = GraphedUnet(model, (16, 16))
     for rows, length in ((2, 5), (3, 70), (1, 64), (2, 9), (9, 5)):
         prepared = [model.prepare(byt5=torch.randn(1, length - row % 2, 128, device="cuda")) for row in range(rows)]
         stacked = Prepared.stack(prepared)
