@@ -15,7 +15,7 @@ from paella.flops import PEAK_TFLOPS, TEXT_TOKENS, training_flops
 
 IMAGES = 1_300_000 * 2048
 PUBLISHED_RATE = 11.5
-MFUS = (0.214, 0.3, 0.4, 0.5)
+MFUS = (0.266, 0.3, 0.4, 0.5)
 GPUS = (8, 32, 128)
 
 

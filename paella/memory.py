@@ -202,6 +202,8 @@ class WorkerMemory:
     """Its shards of weights, gradients, AdamW's two means and the averages, float32."""
     gathered: float
     """Whole weights and gradients of what is gathered at the same time."""
+    accumulated: float
+    """Gradients of earlier parts of the batch, whole, in float32."""
     activations: float
     logits: float
     checkpoint_copy: float
@@ -244,6 +246,7 @@ def worker_memory(
         state=shard * (16 + 4 * averages),
         # weights, gradients, and the largest group's once more in float32 while it is summed over workers
         gathered=gathered * 2 * dtype.itemsize + max(size.root, size.largest_unit) * 4,
+        accumulated=4.0 * size.trained * (parallel.accumulate > 1),
         activations=images * activations,
         logits=keeps.logits * chunk,
         checkpoint_copy=shard * (12 + 4 * averages) if device == "cpu" and asynchronous else 0.0,

@@ -148,10 +148,14 @@ class _Choice:
         return (self.training if self.block.training else self.otherwise)(*args, **kwargs)
 
 
-def sum_gradients_with(model: nn.Module, is_last: bool) -> None:
-    """Before a pass over a part of a batch: its gradients stay on this worker, in float32, until the last part's are there."""
+def sum_gradients_with(model: nn.Module, is_last: bool, config: ParallelConfig) -> None:
+    """Before a pass over a part of a batch: its gradients stay on this worker, in float32, until the last part's are there.
+
+    So do the weights that it gathers, where they are kept after the forward pass: those of the next part are the same.
+    """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(is_last)
+        model.set_reshard_after_backward(is_last or config.reshard_after_forward)
 
 
 @contextmanager

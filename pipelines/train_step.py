@@ -39,7 +39,7 @@ def train_step(
     total, mean = torch.zeros((), device=device), torch.zeros((), device=device)
     parts = split(model, batch, draws, size, device)
     for index, (targets, inputs, part) in enumerate(parts):
-        sum_gradients_with(model, index == num_parts - 1)
+        sum_gradients_with(model, index == num_parts - 1, config.parallel)
         loss, sums = forward(model, config, targets, inputs, part)
         (loss / num_parts).backward()
         total, mean = total + sums / num_parts, mean + loss.detach() / num_parts

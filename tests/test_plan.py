@@ -94,12 +94,12 @@ def test_workers_on_cpus_share_cores_and_exchange_weights(monkeypatch):
     monkeypatch.setattr(plan, "copy_rate", lambda: 1e9)
     config = dataclasses.replace(plan.presets()["tiny"], gpu="cpu", num_gpus=1, global_batch_size=64)
     weights = 4 * memory.sizes(config.model).trained
-    for reshard, times in ((False, 2), (True, 3)):
+    for reshard, once, in_four in ((False, 2, 2), (True, 3, 9)):  # gradients are exchanged once a step, kept weights too
         parallel = dataclasses.replace(config.parallel, reshard_after_forward=reshard)
         one = dataclasses.replace(config, parallel=parallel)
-        assert plan.cpu_rate(one, 16) == pytest.approx(64 / (64 / 20 + 4 * (4 + times) * weights / 1e9 + 0.5))
-        two, exchanged = dataclasses.replace(one, num_gpus=2), times * weights / 2 / plan.GLOO_BYTES_PER_S
-        assert plan.cpu_rate(two, 16) == pytest.approx(64 / (32 / 10 + 2 * (exchanged + 4 * weights / 1e9) + 0.5))
+        assert plan.cpu_rate(one, 16) == pytest.approx(64 / (64 / 20 + (4 * 4 + in_four) * weights / 1e9 + 0.5))
+        two, exchanged = dataclasses.replace(one, num_gpus=2), once * weights / 2 / plan.GLOO_BYTES_PER_S
+        assert plan.cpu_rate(two, 32) == pytest.approx(64 / (32 / 10 + exchanged + 4 * weights / 1e9 + 0.5))
     four = dataclasses.replace(config, num_gpus=4)
     assert plan.cpu_rate(four, 16) < plan.cpu_rate(dataclasses.replace(config, num_gpus=2), 16), "more workers than cores"
 

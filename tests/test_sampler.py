@@ -327,8 +327,9 @@ def test_few_shapes_are_recorded_whatever_is_asked_for(bundle, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @torch.inference_mode()
-def test_graphs_say_what_the_unet_says():
+def test_graphs_say_what_the_unet_says(monkeypatch):
     """Padded rows and texts, several shapes in turn, each replayed with other inputs than it was recorded with."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # which rounds other shapes otherwise
     torch.manual_seed(0)
     model = Paella(PRESETS["tiny"].unet).eval().cuda()
     for parameter in model.parameters():
@@ -342,4 +343,4 @@ def test_graphs_say_what_the_unet_says():
             tokens, t = torch.randint(512, (rows, 16, 16), device="cuda"), torch.rand(rows, device="cuda")
             expected = model(tokens, t, prepared=stacked)
             torch.testing.assert_close(graphs(tokens, t, prepared=stacked), expected, atol=1e-4, rtol=1e-3)
-    assert len(graphs.graphs) == 4 and all(shape[0] <= 8 for shape in graphs.graphs)
+    assert set(graphs.graphs) == {(2, 64, 16, 16), (4, 128, 16, 16), (1, 64, 16, 16)}
