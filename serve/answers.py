@@ -63,6 +63,11 @@ class Call:
         self._log(error.status, error.code)
         return error
 
+    def refused(self, error: ApiError) -> ApiError:
+        """What the client is told, and the log, where the engine is not asked; which would have counted the images."""
+        self.sight.images.inc(self.order.num_images, self.tags | {"outcome": error.code})
+        return self._failure(error)
+
     async def whole(self, raw: bool) -> Response:
         """All pictures in one JSON object, or the bytes of the only one."""
         try:

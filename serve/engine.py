@@ -2,8 +2,9 @@
 
 A sampling thread takes one step after the other. Between two steps it lets waiting images in and those out that are done,
 cancelled or late. Prompts and images are encoded on a thread of their own, pictures are decoded on another, and the event loop
-only hands things on. A large model on a CPU has one thread for all of that, whose passes have all cores: a second team of
-OpenMP's threads would only be in its way. Nothing here knows of HTTP or Ray:
+only hands things on. A small model on a CPU has several sampling threads, its lanes: each takes its share of the batch through a
+step and does not wait for the others. A large model on a CPU has one thread for everything, whose passes have all cores: a second
+team of OpenMP's threads would only be in its way. Nothing here knows of HTTP or Ray:
 
     engine = Engine(bundle)
     ticket = engine.submit([Task(make, encode, steps=12, tokens=256)])
@@ -14,8 +15,8 @@ OpenMP's threads would only be in its way. Nothing here knows of HTTP or Ray:
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
-import queue
 import threading
 import time
 from collections import deque
@@ -68,7 +69,7 @@ class EngineConfig:
     max_batch_images: int = 32
     """Images in the batch at most; what the memory takes."""
     lanes: int = 2
-    """Passes of a small model side by side on a CPU, a thread each."""
+    """Threads that step images of a small model side by side on a CPU."""
 
     def __post_init__(self) -> None:
         for name in ("max_queued_images", "min_batch_images", "max_batch_images", "lanes"):
@@ -172,32 +173,32 @@ class Engine:
             high = low
         self.predictor: Predictor = bundle.unet if on_cpu else GraphedUnet(bundle.unet, (height, width))
         self.knee = Knee(low * per_image, high * per_image)
-        self.scheduler = StepScheduler(self.knee.limit)
+        self.scheduler = StepScheduler(self.knee.low)
         self.trace: deque[dict[str, Any]] = deque(maxlen=10_000)
         self.images: set[_Image] = set()  # all that are not over
+        self.lock = threading.Lock()  # of what `submit` and the ends of images change
+        self.turn = threading.Condition()  # of what the lanes share, the scheduler and these four
         self.by_canvas: dict[int, _Image] = {}
-        self.inbox: queue.SimpleQueue[_Image | None] = queue.SimpleQueue()
-        self.lock = threading.Lock()
-        self.step_seconds = 0.05
+        self.unprepared: deque[_Image] = deque()
+        self.in_step: set[int] = set()  # ids of canvases that a lane has
+        self.closed = False
         self.rate = 0.0  # tokens and steps per second, of late
         self.draining = False
         self.error: BaseException | None = None
         self.observe: Callable[[str, float, dict[str, str]], None] = lambda name, value, tags: None
         self.counter = itertools.count()
-        self.preparing, self.decoding, self.stepping = (
-            ThreadPoolExecutor(number, name, initializer=torch.set_num_threads, initargs=(self.threads,))
-            for name, number in (("prepare", 1), ("decode", 1), ("lane", self.lanes))
-        )
+        one_thread = functools.partial(ThreadPoolExecutor, 1, initializer=torch.set_num_threads, initargs=(self.threads,))
+        self.preparing, self.decoding = one_thread(), one_thread()
         self.decodes_behind = 0
-        self.thread = threading.Thread(target=self._sample, name="sampling", daemon=True)
-        self.thread.start()
+        self.sampling = [threading.Thread(target=self._sample, name=f"lane {lane}", daemon=True) for lane in range(self.lanes)]
+        for thread in self.sampling:
+            thread.start()
 
     # what the event loop calls
 
     def submit(self, tasks: Sequence[Task]) -> Ticket:
         """Take a request's images in, all or none. Raises QueueFull, Draining or EngineDied."""
-        if self.error is not None or not self.thread.is_alive():
-            raise EngineDied(str(self.error))
+        self.check()
         if self.draining:
             raise Draining
         with self.lock:
@@ -209,10 +210,12 @@ class Engine:
                 for index, task in enumerate(tasks)
             ]
             self.images |= set(images)
-        for image in images:
-            if self.one_thread:
-                self.inbox.put(image)
-            else:
+        if self.one_thread:
+            with self.turn:
+                self.unprepared += images
+                self.turn.notify()
+        else:
+            for image in images:
                 self.preparing.submit(self._prepare, image)
         return ticket
 
@@ -234,7 +237,7 @@ class Engine:
 
     def check(self) -> None:
         """Raises EngineDied if images would wait for ever."""
-        if self.error is not None or not self.thread.is_alive():
+        if self.error is not None or not all(thread.is_alive() for thread in self.sampling):
             raise EngineDied(f"the sampling thread has ended: {self.error}")
 
     async def close(self) -> None:
@@ -242,12 +245,15 @@ class Engine:
         self.draining = True
         while self.images and self.error is None:
             await asyncio.sleep(0.02)
-        self.inbox.put(None)
-        await asyncio.to_thread(self.thread.join)
-        for pool in (self.preparing, self.decoding, self.stepping):
+        with self.turn:
+            self.closed = True
+            self.turn.notify_all()
+        for thread in self.sampling:
+            await asyncio.to_thread(thread.join)
+        for pool in (self.preparing, self.decoding):
             pool.shutdown(wait=False)
 
-    # the preparing thread, or the sampling thread
+    # the preparing thread, or the sampling thread of a large model
 
     def _prepare(self, image: _Image) -> None:
         began = time.monotonic()
@@ -258,86 +264,86 @@ class Engine:
         except Exception as error:
             return self._end(image, Event("failed", image.index, error=error))
         image.marks |= {"encode": time.monotonic() - began, "prepared": time.monotonic()}
-        image.canvas = canvas
-        self.inbox.put(image)
+        with self.turn:
+            image.canvas = canvas
+            self.by_canvas[id(canvas)] = image
+            self.scheduler.add(canvas)
+            self.turn.notify()
 
-    # the sampling thread
+    # the sampling threads
 
     def _sample(self) -> None:
         torch.set_num_threads(self.threads)  # here as in the pools: in float32 another number rounds otherwise
         try:
-            while self._receive():
-                self._admit()
-                if self.scheduler.running:
-                    self._step(list(self.scheduler.running))
+            while (work := self._next()) is not None:
+                if isinstance(work, _Image):
+                    self._prepare(work)
+                else:
+                    self._step(work)
         except BaseException as error:
-            self.error = error
+            with self.turn:
+                self.error = error
+                self.turn.notify_all()
             for image in list(self.images):
                 self._end(image, Event("failed", image.index, error=EngineDied(str(error))))
             raise
 
-    def _receive(self) -> bool:
-        """New images into the scheduler; waits if there is nothing to do. False to end."""
-        while True:
-            try:
-                image = self.inbox.get(block=not self.scheduler.busy)
-            except queue.Empty:
-                return True
-            if image is None:
-                return False
-            if image.canvas is None:
-                self._prepare(image)  # which puts it in again
-                continue
-            self.by_canvas[id(image.canvas)] = image
-            self.scheduler.add(image.canvas)
+    def _next(self) -> _Image | list[Canvas] | None:
+        """What a lane does next, as soon as there is something: an image to prepare, or canvases to step. None to end."""
+        with self.turn:
+            while self.error is None:
+                if self.unprepared:
+                    return self.unprepared.popleft()
+                self._admit()
+                running = self.scheduler.running
+                share = [canvas for canvas in running if id(canvas) not in self.in_step][: -(-len(running) // self.lanes)]
+                if share:
+                    self.in_step |= set(map(id, share))
+                    return share
+                if self.closed and not self.scheduler.busy:
+                    return None
+                self.turn.wait()
+        return None
 
     def _admit(self) -> None:
         now = time.monotonic()
         here = [*self.scheduler.running, *self.scheduler.waiting]
-        gone = [canvas for canvas in here if self.by_canvas[id(canvas)].gone(now)]
+        gone = [canvas for canvas in here if id(canvas) not in self.in_step and self.by_canvas[id(canvas)].gone(now)]
         if gone:
             self.scheduler.remove(gone)
             for canvas in gone:
                 self._drop(self.by_canvas.pop(id(canvas)))
-        self.scheduler.max_tokens = self.knee.limit
+        self.scheduler.max_tokens = self.knee.limit(num_tokens([*self.scheduler.running, *self.scheduler.waiting]))
         for canvas in self.scheduler.admit():
             self.by_canvas[id(canvas)].marks["started"] = time.monotonic()
 
-    def _step(self, batch: list[Canvas]) -> None:
-        images = [self.by_canvas[id(canvas)] for canvas in batch]
-        taken = [(image.task.label, image.task.mode, canvas.step) for image, canvas in zip(images, batch, strict=True)]
-        began = time.monotonic()
-        self._take(batch)
-        seconds, tokens = time.monotonic() - began, num_tokens(batch)
-        self.knee.observe(tokens, seconds)
-        self.rate = tokens / seconds if not self.rate else 0.9 * self.rate + 0.1 * tokens / seconds
-        self.step_seconds = 0.9 * self.step_seconds + 0.1 * seconds
-        self.trace.append({"step": next(self.counter), "at": began, "seconds": seconds, "images": taken})
-        self.observe("step", seconds, {})
-        self.observe("occupancy", tokens / self.scheduler.max_tokens, {})
-        self.observe("tokens", tokens, {})
-        for image, canvas in zip(images, batch, strict=True):
+    def _step(self, share: list[Canvas]) -> None:
+        images = [self.by_canvas[id(canvas)] for canvas in share]
+        taken = [(image.task.label, image.task.mode, canvas.step) for image, canvas in zip(images, share, strict=True)]
+        running, began = list(self.scheduler.running), time.monotonic()
+        step(self.predictor, share, codebook=self.bundle.vqgan.vquantizer)
+        if self.device.type == "cuda":  # or steps would be taken ahead of time, which no image could join or leave
+            torch.cuda.current_stream(self.device).synchronize()
+        seconds, tokens = time.monotonic() - began, num_tokens(running)  # in which the other lanes take their shares
+        for image, canvas in zip(images, share, strict=True):
             if not canvas.done and canvas.step in image.previews and self.decodes_behind <= MAX_PREVIEWS_BEHIND:
                 self._decode(image, canvas.prediction, image.previews[canvas.step])
-        for canvas in self.scheduler.finished():
-            image = self.by_canvas.pop(id(canvas))
+        with self.turn:
+            self.knee.observe(tokens, seconds)
+            self.rate = tokens / seconds if not self.rate else 0.9 * self.rate + 0.1 * tokens / seconds
+            row = {"step": next(self.counter), "at": began, "seconds": seconds, "images": taken, "running": len(running)}
+            self.trace.append(row)
+            done = [canvas for canvas in share if canvas.done]
+            self.scheduler.remove(done)
+            finished = [self.by_canvas.pop(id(canvas)) for canvas in done]
+            self.in_step -= set(map(id, share))
+            self.turn.notify_all()
+        self.observe("step", seconds, {})
+        self.observe("occupancy", tokens / self.knee.high, {})
+        self.observe("tokens", num_tokens(share), {})
+        for image, canvas in zip(finished, done, strict=True):
             image.marks["sampled"] = time.monotonic()
             self._decode(image, canvas.tokens, None)
-
-    def _take(self, batch: list[Canvas]) -> None:
-        """One step of all; of a small model on a CPU in lanes side by side, which changes no picture in float32."""
-        codebook = self.bundle.vqgan.vquantizer
-        if self.lanes == 1 or len(batch) == 1:
-            step(self.predictor, batch, codebook=codebook)
-            if self.device.type == "cuda":  # or steps would be taken ahead of time, which no image could join or leave
-                torch.cuda.current_stream(self.device).synchronize()
-            return
-        ordered = sorted(batch, key=lambda canvas: -canvas.tokens.numel())
-        parts = [ordered[lane :: self.lanes] for lane in range(self.lanes)]
-        others = [self.stepping.submit(step, self.bundle.unet, part, codebook=codebook) for part in parts[1:] if part]
-        step(self.bundle.unet, parts[0], codebook=codebook)
-        for other in others:
-            other.result()
 
     def _decode(self, image: _Image, tokens: Tensor, preview: int | None) -> None:
         with self.lock:
@@ -347,7 +353,7 @@ class Engine:
         else:
             self.decoding.submit(self._deliver, image, tokens, preview)
 
-    # the decoding thread, or the sampling thread
+    # the decoding thread, or the sampling thread of a large model
 
     def _deliver(self, image: _Image, tokens: Tensor, preview: int | None) -> None:
         try:

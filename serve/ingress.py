@@ -31,6 +31,7 @@ from serve.answers import Call
 from serve.limits import BodyLimit
 from serve.modes import Order
 from serve.observability import Sight, inject, prometheus, tracer
+from serve.refusals import Refusals
 from serve.schemas import (
     ApiError,
     EditRequest,
@@ -192,12 +193,12 @@ async def _describe(handle: DeploymentHandle) -> dict[str, Any]:
 
 @ray_serve.ingress(api)
 class Ingress:
-    """One per node or more; holds nothing but handles."""
+    """One per node or more; holds nothing but handles, and for a moment which of them are full."""
 
     def __init__(self, engines: dict[str, DeploymentHandle], default: str, timeout_s: float) -> None:
         self.engines, self.default, self.timeout_s = engines, default, timeout_s
         self.started = int(time.time())
-        self.sight = Sight()
+        self.sight, self.refusals = Sight(), Refusals()
 
     @api.get("/", include_in_schema=False)
     async def page(self) -> FileResponse:
@@ -296,6 +297,11 @@ class Ingress:
             if raw and (order.num_images != 1 or body.output_format != "png"):
                 raise ApiError(400, "invalid_value", "Accept: image/png is for one PNG image", "n")
             call = Call(self.sight, name, handle, order, kind)
-            if body.stream:
-                return await call.streamed()
-            return await call.whole(raw)
+            if (refusal := self.refusals.of(name, order.num_images)) is not None:
+                raise call.refused(refusal)
+            try:
+                return await (call.streamed() if body.stream else call.whole(raw))
+            except ApiError as error:
+                if error.code == "queue_full":
+                    self.refusals.add(name, order.num_images, error)
+                raise

@@ -26,9 +26,9 @@ class EngineMetrics:
         self.tags = {"model": model}
         keys = ("model",)
         self.step = Histogram("paella_step_seconds", "time of one step of the batch", SECONDS, keys)
-        self.occupancy = Gauge("paella_batch_occupancy", "tokens in the batch, of those it has room for", keys)
+        self.occupancy = Gauge("paella_batch_occupancy", "tokens in the batch, of those that it takes at most", keys)
         self.tokens = Counter("paella_tokens_total", "tokens that took a step", keys)
-        self.images = Counter("paella_images_total", "images by mode and outcome", ("model", "mode", "outcome"))
+        self.images = images_counter()
         self.queued = Gauge("paella_queued_images", "images before their first step", keys)
         self.wait = Histogram("paella_queue_wait_seconds", "time before an image's first step", SECONDS, keys)
         self.cache_hits = Gauge("paella_prompt_cache_hits", "prompts that had been encoded before", keys)
@@ -55,6 +55,10 @@ class EngineMetrics:
         self.cache_misses.set(misses, self.tags)
 
 
+def images_counter() -> Counter:
+    return Counter("paella_images_total", "images by mode and outcome", ("model", "mode", "outcome"))
+
+
 class Sight:
     """Of one ingress: metrics of requests, and one JSON line for each, without its prompt unless PAELLA_LOG_PROMPTS=1."""
 
@@ -63,6 +67,7 @@ class Sight:
         self.request = Histogram("paella_request_seconds", "request to last byte", SECONDS, (*keys, "status"))
         self.preview = Histogram("paella_first_preview_seconds", "request to the first preview", SECONDS, keys)
         self.cancelled = Counter("paella_cancelled_requests_total", "clients that went away", keys)
+        self.images = images_counter()
         self.prompts = os.environ.get("PAELLA_LOG_PROMPTS") == "1"
         self.lines = logging.getLogger("paella.access")
         self.lines.setLevel(logging.INFO)

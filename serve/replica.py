@@ -104,7 +104,7 @@ class Generator:
             "images": len(engine.images),
             "queued": engine.queued,
             "running": engine.running,
-            "batch_tokens": engine.knee.limit,
+            "batch_tokens": engine.scheduler.max_tokens,
             "tasks": len(asyncio.all_tasks()),
             "closing": len(self.closing),
         }

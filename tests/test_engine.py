@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import itertools
 import random
 import threading
 
@@ -47,8 +48,7 @@ def with_engine(bundle, run, **config):
         finally:
             await asyncio.wait_for(engine.close(), 60)
             assert not engine.images and not engine.by_canvas
-            engine.thread.join(10)
-            assert not engine.thread.is_alive()
+            assert not any(thread.is_alive() for thread in engine.sampling)
 
     return asyncio.run(body())
 
@@ -77,15 +77,38 @@ def test_scheduler_forgets(bundle):
     assert scheduler.admit() == images[2:]
 
 
+def observed(knee: Knee, **seconds_of_tokens: float) -> None:
+    """Five steps of each size, which is written _4=1.0, and one that finds its kernels before them."""
+    for name, seconds in seconds_of_tokens.items():
+        for each in (60.0, *[seconds] * 5):
+            knee.observe(int(name[1:]), each)
+
+
 def test_knee():
     clock = [0.0]
     knee = Knee(2, 16, clock=lambda: clock[0])
-    assert knee.limit == 16
-    for tokens, seconds in ((2, 1.0), (4, 1.0), (8, 2.0)):  # 2, 4 and 4 a second
-        knee.observe(tokens, seconds)
-    assert knee.limit == 4
+    assert [knee.limit(demand) for demand in (0, 2, 3, 4, 9, 16, 1000)] == [2, 2, 4, 4, 16, 16, 16]
+    observed(knee, _2=1.0, _4=1.0, _8=2.0)  # 2, 4 and 4 a second
+    assert [knee.limit(demand) for demand in (2, 4, 8)] == [2, 4, 4]
+    assert knee.limit(9) == 16, "not tried yet, and somebody waits for it"
+    observed(knee, _16=3.9)
+    assert knee.limit(1000) == 4, "which brings 3 % more than 4"
     clock[0] = 61.0
-    assert knee.limit == 16
+    assert knee.limit(8) == 8
+
+
+def test_knee_behind_a_plateau():
+    knee = Knee(2, 16)
+    observed(knee, _2=1.0, _4=1.0, _8=2.0, _16=3.0)
+    assert [knee.limit(demand) for demand in (4, 8, 16)] == [4, 4, 16]
+
+
+def test_one_slow_step_is_no_measurement():
+    knee = Knee(2, 16)
+    observed(knee, _2=1.0, _4=1.0)
+    for seconds in (9.0, 1.0, 1.0, 9.0, 1.0):
+        knee.observe(8, seconds)
+    assert knee.limit(8) == 8
 
 
 def test_previews_are_spread():
@@ -113,7 +136,7 @@ def test_all_modes_and_sizes_share_steps(bundle):
         await all_of(long)
         return list(engine.trace)
 
-    trace = with_engine(bundle, run, min_batch_images=3)
+    trace = with_engine(bundle, run, min_batch_images=3, lanes=1)
     shared = [[label for label, _, _ in row["images"]] for row in trace]
     steps_of = {
         name: [number for row in trace for label, _, number in row["images"] if label == name]
@@ -125,6 +148,27 @@ def test_all_modes_and_sizes_share_steps(bundle):
         assert rows == [*range(rows[0], rows[0] + 4)]  # no step is missed
         assert all("long" in shared[index] for index in rows)
         assert 0 < rows[0] < 55
+
+
+def test_lanes_do_not_wait_for_each_other(bundle):
+    """Of two images at the same time each has a lane; of four each lane has two, and every image gets every step."""
+
+    async def run(engine):
+        two = [engine.submit([task(bundle, seed=seed, steps=30, label=f"{seed}")]) for seed in range(2)]
+        await asyncio.gather(*map(all_of, two))
+        at = len(engine.trace)
+        four = [engine.submit([task(bundle, seed=seed, steps=30, label=f"{seed}")]) for seed in range(4)]
+        await asyncio.gather(*map(all_of, four))
+        return list(engine.trace)[:at], list(engine.trace)[at:]
+
+    for number, rows in zip((2, 4), with_engine(bundle, run, min_batch_images=4, lanes=2), strict=True):
+        taken = [image for row in rows for image in row["images"]]
+        assert sorted(taken) == sorted((f"{seed}", "", step) for seed in range(number) for step in range(30))
+        full = [row for row in rows if row["running"] == number]
+        assert sum(len(row["images"]) == number // 2 for row in full) > 0.9 * len(full)  # the first ones may be fewer
+        spans = sorted((row["at"], row["at"] + row["seconds"]) for row in full)
+        beside = sum(start < end for (_, end), (start, _) in itertools.pairwise(spans))
+        assert beside > len(spans) / 2, "one lane after the other"
 
 
 def test_pictures_are_those_of_sample(bundle):
@@ -205,7 +249,7 @@ def test_no_more_images_than_the_memory_takes(bundle):
 
     async def run(engine):
         await asyncio.gather(*(all_of(engine.submit([task(bundle, seed=seed)])) for seed in range(3)))
-        return [len(row["images"]) for row in engine.trace]
+        return [row["running"] for row in engine.trace]
 
     assert set(with_engine(bundle, run, max_batch_images=1)) == {1}
 
@@ -215,7 +259,7 @@ def test_a_dead_engine_says_so(bundle):
 
     async def run():
         engine = Engine(bundle)
-        engine.thread.name, threading.excepthook = "sampling", lambda args: None
+        threading.excepthook = lambda args: None
         broken = canvas(bundle)
         broken.tokens = torch.zeros(3, 3, dtype=torch.long)  # a grid that the network refuses
         (event,) = await all_of(engine.submit([task(bundle, make=lambda bundle: broken)]))
@@ -224,7 +268,9 @@ def test_a_dead_engine_says_so(bundle):
             engine.check()
         with pytest.raises(EngineDied):
             engine.submit([task(bundle)])
-        await asyncio.to_thread(engine.thread.join)
+        for thread in engine.sampling:
+            await asyncio.to_thread(thread.join, 10)
+            assert not thread.is_alive()
 
     hook = threading.excepthook
     try:
