@@ -45,6 +45,8 @@ from serve.schemas import (
 
 PAGE = Path(__file__).parent / "page"
 CODES = {404: "not_found", 405: "method_not_allowed", 408: "timeout", 413: "payload_too_large", 415: "unsupported_media_type"}
+SMALL_BODY = 65_536
+"""Bytes of JSON that are parsed sooner than a thread takes over."""
 R = TypeVar("R", bound=ImageRequest)
 
 api = FastAPI(title="paella-ray", version="1", docs_url=None, redoc_url=None)
@@ -160,7 +162,7 @@ def _unpacked(item: Any, name: str) -> Any:
 async def _json(request: Request) -> Any:
     body = await request.body()
     try:
-        return await asyncio.to_thread(json.loads, body)
+        return json.loads(body) if len(body) <= SMALL_BODY else await asyncio.to_thread(json.loads, body)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, "invalid_value", "the body is not valid JSON") from error
 
