@@ -1,6 +1,6 @@
 """What the training program costs beside the arithmetic, and what reading tokens saves; `--one-billion`: that `paella-1b` steps.
 
-    python benchmarks/train.py                                    # `small` on 2 workers: about ten minutes on 2 cores
+    python benchmarks/train.py [--rounds 3]                       # `small` on 2 workers: about ten minutes on 2 cores
     python benchmarks/train.py --one-billion [--image-size 64]    # `paella-1b`: needs 24 GB of memory
 
 The whole program (Ray Train, Parquet, noise, metrics, MLflow, checkpoints) is timed by what it logs of itself, against plain
@@ -18,6 +18,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -189,7 +190,15 @@ def run_program(
 def time_program(root: Path, steps: int) -> dict[str, float]:
     """What the program logs of itself every 20 steps, the first left out; a checkpoint begins within the last."""
     every = ["--checkpoint-every", steps - 15, "--sample-every", 0, "--validation-images", 0]
-    run = run_program(root, ["small", "--stored-text", "--steps", steps, "--global-batch-size", BATCH_SIZE, *every])
+    shutil.rmtree(root / "run", ignore_errors=True)
+    others: list[tuple[float, float]] = []
+
+    def watch() -> bool:
+        others.append((time.monotonic(), seconds_beside_the_workers()))
+        return False
+
+    run = run_program(root, ["small", "--stored-text", "--steps", steps, "--global-batch-size", BATCH_SIZE, *every], watch)
+    (began, before), (ended, after) = others[len(others) // 2], others[-len(others) // 10]  # training: no start, no bundle
 
     def values(name: str) -> list[float]:
         return [value for step, value in tracking.metric_history(run, name) if step > 20]
@@ -201,20 +210,37 @@ def time_program(root: Path, steps: int) -> dict[str, float]:
         "checkpoint_step": slowest[-1] / step_s,
         "slowest_other_step": max(slowest[:-1]) / step_s,
         "mfu": statistics.median(values("mfu")),
+        "others_cores": (after - before) / (ended - began),
     }
 
 
-def compare(steps: int) -> None:
-    """The table and its JSON line."""
+def seconds_beside_the_workers() -> float:
+    """CPU time of this process's descendants that do not train: Ray's, MLflow's, the driver."""
+    total = 0.0
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            times = process.cpu_times()
+            total += (times.user + times.system) * ("RayTrainWorker" not in " ".join(process.cmdline()))
+    return total
+
+
+def compare(steps: int, rounds: int) -> None:
+    """The table and its JSON line; program and plain loop in turn, as a machine's speed changes."""
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         make_text_encoder(root / "byt5", PRESETS["small"].unet.byt5_embd, **BYT5_SMALL)
         make_data(root, small_model(root), 128)
-        plain = time_plain_loop(root, steps // 4, "nothing")
-        program = time_program(root, steps)
-        again = time_plain_loop(root, steps // 4, "nothing")
+        plain, programs = [time_plain_loop(root, steps // 4, "nothing")], []
+        for _ in range(rounds):
+            programs.append(time_program(root, steps))
+            plain.append(time_plain_loop(root, steps // 4, "nothing"))
+            around = statistics.mean(plain[-2:])
+            print(
+                f"plain loops {plain[-2]:.2f} and {plain[-1]:.2f} images/s, train.py {programs[-1]['images_per_s'] / around:.2f}×"
+            )
         images, both = (time_plain_loop(root, steps // 4, encoding) for encoding in ("images", "images and text"))
-    rate = (plain + again) / 2
+    program = {name: statistics.median(each[name] for each in programs) for name in programs[0]}
+    rate = statistics.mean(plain)
     rows = {
         "plain loop, all in memory": rate,
         "train.py, tokens and states read": program["images_per_s"],
@@ -226,9 +252,17 @@ def compare(steps: int) -> None:
         print(f"{name:34} {value:9.2f} {value / rate:7.2f} {program['images_per_s'] / value:19.2f}×")
     print(
         f"waiting for data: {program['data_wait']:.2%} of the time; slowest step after a checkpoint began: "
-        f"{program['checkpoint_step']:.2f} of the median, of all others {program['slowest_other_step']:.2f}"
+        f"{program['checkpoint_step']:.2f} of the median, of all others {program['slowest_other_step']:.2f}; "
+        f"processes beside the workers: {program['others_cores']:.2f} cores"
     )
-    result = {"benchmark": "train", "batch_size": BATCH_SIZE, "plain": [plain, again], "images": images, "both": both, **program}
+    result = {
+        "benchmark": "train",
+        "batch_size": BATCH_SIZE,
+        "plain": plain,
+        "images": images,
+        "both": both,
+        "programs": programs,
+    }
     print(json.dumps(result))
 
 
@@ -294,5 +328,6 @@ if __name__ == "__main__":
     parser.add_argument("--one-billion", action="store_true")
     parser.add_argument("--image-size", type=int, default=256, help="with --one-billion: CPUs without bfloat16 are slow")
     parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--rounds", type=int, default=1, help="of program and plain loop in turn")
     chosen = parser.parse_args()
-    one_billion(chosen.image_size) if chosen.one_billion else compare(chosen.steps)
+    one_billion(chosen.image_size) if chosen.one_billion else compare(chosen.steps, chosen.rounds)
