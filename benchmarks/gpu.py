@@ -138,9 +138,8 @@ def published(batches: list[int]) -> list[dict]:
         with torch.autocast("cuda", torch.bfloat16):
             with torch.no_grad():
                 tokens, states = vqgan.encode(images), text(captions).last_hidden_state
-            noised = torch.where(
-                torch.rand(tokens.shape, device=DEVICE) < 0.5, torch.randint_like(tokens, config.unet.num_labels), tokens
-            )
+            others = torch.randint_like(tokens, config.unet.num_labels)
+            noised = torch.where(torch.rand(tokens.shape, device=DEVICE) < 0.5, others, tokens)
             logits = unet(noised, torch.rand(len(images), device=DEVICE), byt5=states)
             loss = nn.functional.cross_entropy(logits, tokens, label_smoothing=0.1)
         loss.backward()

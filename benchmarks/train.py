@@ -234,9 +234,9 @@ def compare(steps: int, rounds: int) -> None:
         for _ in range(rounds):
             programs.append(time_program(root, steps))
             plain.append(time_plain_loop(root, steps // 4, "nothing"))
-            around = statistics.mean(plain[-2:])
+            before, after, rate = plain[-2], plain[-1], programs[-1]["images_per_s"]
             print(
-                f"plain loops {plain[-2]:.2f} and {plain[-1]:.2f} images/s, train.py {programs[-1]['images_per_s'] / around:.2f}×"
+                f"plain {before:.2f}, {after:.2f} images/s; train.py {rate:.2f}, {2 * rate / (before + after):.2f}×", flush=True
             )
         images, both = (time_plain_loop(root, steps // 4, encoding) for encoding in ("images", "images and text"))
     program = {name: statistics.median(each[name] for each in programs) for name in programs[0]}
@@ -255,15 +255,8 @@ def compare(steps: int, rounds: int) -> None:
         f"{program['checkpoint_step']:.2f} of the median, of all others {program['slowest_other_step']:.2f}; "
         f"processes beside the workers: {program['others_cores']:.2f} cores"
     )
-    result = {
-        "benchmark": "train",
-        "batch_size": BATCH_SIZE,
-        "plain": plain,
-        "images": images,
-        "both": both,
-        "programs": programs,
-    }
-    print(json.dumps(result))
+    rates = {"plain": plain, "programs": programs, "images": images, "both": both}
+    print(json.dumps({"benchmark": "train", "batch_size": BATCH_SIZE, **rates}))
 
 
 @contextlib.contextmanager
@@ -327,7 +320,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one-billion", action="store_true")
     parser.add_argument("--image-size", type=int, default=256, help="with --one-billion: CPUs without bfloat16 are slow")
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=80, help="of the program, 60 at least: the first 20 are left out")
     parser.add_argument("--rounds", type=int, default=1, help="of program and plain loop in turn")
     chosen = parser.parse_args()
+    if chosen.steps < 60:
+        parser.error("--steps: at least 60")
     one_billion(chosen.image_size) if chosen.one_billion else compare(chosen.steps, chosen.rounds)

@@ -198,9 +198,8 @@ def cpu_rate(config: PlanConfig, images: int) -> float:
     workers, cpus = config.num_gpus, os.cpu_count() or 1
     pass_s, update_s = timed(config.model, config.optim, min(images, TIMED_IMAGES), max(1, cpus // workers))
     weights, passes = 4 * sizes(config.model).trained, config.global_batch_size / workers / images
-    transfers = 1 + (
-        2 * passes if config.parallel.reshard_after_forward else 1
-    )  # gradients once a step, weights as they are kept
+    gathers = 2 * passes if config.parallel.reshard_after_forward else 1
+    transfers = 1 + gathers  # gradients once a step
     exchange_s = weights * transfers * (workers - 1) / workers / GLOO_BYTES_PER_S
     copy_s = weights * (FSDP_COPIES * passes + transfers * (workers == 1)) / copy_rate()
     step_s = passes * pass_s * images / min(images, TIMED_IMAGES) + exchange_s + copy_s + update_s

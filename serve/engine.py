@@ -177,7 +177,7 @@ class Engine:
         self.trace: deque[dict[str, Any]] = deque(maxlen=10_000)
         self.images: set[_Image] = set()  # all that are not over
         self.lock = threading.Lock()  # of what `submit` and the ends of images change
-        self.turn = threading.Condition()  # of what the lanes share, the scheduler and these four
+        self.turn = threading.Condition()  # of what the lanes share: scheduler, knee, trace and these four
         self.by_canvas: dict[int, _Image] = {}
         self.unprepared: deque[_Image] = deque()
         self.in_step: set[int] = set()  # ids of canvases that a lane has
@@ -187,8 +187,8 @@ class Engine:
         self.error: BaseException | None = None
         self.observe: Callable[[str, float, dict[str, str]], None] = lambda name, value, tags: None
         self.counter = itertools.count()
-        one_thread = functools.partial(ThreadPoolExecutor, 1, initializer=torch.set_num_threads, initargs=(self.threads,))
-        self.preparing, self.decoding = one_thread(), one_thread()
+        new_thread = functools.partial(ThreadPoolExecutor, 1, initializer=torch.set_num_threads, initargs=(self.threads,))
+        self.preparing, self.decoding = new_thread(), new_thread()
         self.decodes_behind = 0
         self.sampling = [threading.Thread(target=self._sample, name=f"lane {lane}", daemon=True) for lane in range(self.lanes)]
         for thread in self.sampling:

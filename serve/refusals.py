@@ -16,7 +16,10 @@ MAX_S = 1.0
 
 
 class Refusals:
-    """Models whose queue was full a moment ago, as one ingress has seen them."""
+    """Models whose queue was full a moment ago, as one ingress has seen them.
+
+    Of several replicas any will do: orders go to the emptier of two, so that where one is full the others nearly are.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from process_groups import start_group
+from torch.distributed.tensor import DTensor
 
 from paella import parallel
 from paella.config import PRESETS
 from paella.ema import Ema
-from paella.parallel import ParallelConfig, evaluating, full_state_dict, gathered, shard
+from paella.parallel import ParallelConfig, evaluating, full_state_dict, gathered, shard, sum_gradients_with
 from paella.training import Keep, OptimConfig, TextToTokens, draw_noise, loss_and_metrics
 from pipelines import train_config
 from pipelines.recovery import Guard, RecoveryConfig
@@ -130,15 +131,31 @@ def _ways(rank: int) -> None:
             assert off <= 0.01 * moved, f"{name}: {key}: {off / moved}"
 
 
-def _predictions_and_ways(rank: int) -> None:
+def _weights_between_parts() -> None:
+    """Weights that are kept are gathered once a step; others are given back after every part."""
+    for kept in (False, True):
+        way = ParallelConfig(accumulate=2, reshard_after_forward=not kept)
+        model = new_model(small_training(way))
+        text = model.text.tokenize(CAPTIONS[:1])
+        inputs = tokens_of(0)[:1], torch.ones(1), text.ids, text.mask, Keep(*torch.ones(3, 1).bool())
+        shard(model, torch.float32, way)
+        for is_last in (False, True):
+            sum_gradients_with(model, is_last, way)
+            model(*inputs).float().square().mean().backward()
+            whole = not any(isinstance(value, DTensor) for value in model.unet.parameters())
+            assert whole == (kept and not is_last)
+
+
+def _all_of_it(rank: int) -> None:
     _predictions(rank)
     _ways(rank)
+    _weights_between_parts()
 
 
 def test_sharded_models_predict_and_learn_what_the_whole_one_does(tmp_path):
     """Four workers in every way of spreading the work; float32 losses to 1e-5, gradient norms to 1e-3, weights to 1 %
     of what they moved."""
-    start_group(_predictions_and_ways, 4, tmp_path)
+    start_group(_all_of_it, 4, tmp_path)
 
 
 def _five_steps(rank: int, num_workers: int, path: str) -> None:
