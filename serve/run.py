@@ -53,10 +53,8 @@ def run(config: ServeConfig) -> None:
     ray_serve.run(app(Arguments(model=model, max_queued_images=config.max_queued_images)), name="paella")
     address = f"http://{config.host}:{config.port}"
     print(f"serving {config.model} at {address}  (Ctrl-C ends it)", flush=True)
-    print(
-        f"""  curl {address}/v1/images/generations -H 'content-type: application/json' -d '{{"prompt": "a red circle"}}'""",
-        flush=True,
-    )
+    body = '{"prompt": "a large red circle on a black background"}'
+    print(f"  curl {address}/v1/images/generations -H 'content-type: application/json' -d '{body}'", flush=True)
     for number in (signal.SIGINT, signal.SIGTERM):  # what a shell starts in the background ignores the first otherwise
         signal.signal(number, signal.default_int_handler)
     try:
