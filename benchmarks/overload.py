@@ -23,12 +23,12 @@ from typing import Any
 
 import aiohttp
 import psutil
-import ray
 from ray import serve as ray_serve
 from serving import PORT, build_bundle, closed_loop, requests
 
 from paella.config import PRESETS
 from serve.app import Arguments, app
+from serve.run import ray_serve_here
 
 SIDE = PRESETS["tiny"].image_size
 TIMES = 10
@@ -98,7 +98,7 @@ async def left_behind() -> dict[str, int]:
     """Memory and tasks of the engine's replica, and the processes' open files."""
     state = await ray_serve.get_deployment_handle("engine-tiny", "paella").state.remote()
     lines = [(process, " ".join(process.cmdline())) for process in psutil.Process().children(recursive=True)]
-    replicas = [process for process, line in lines if "ServeReplica" in line or "ProxyActor" in line]
+    replicas = [process for process, line in lines if any(name in line for name in ("ServeReplica", "ProxyActor", "haproxy"))]
     return {
         "tasks": state["tasks"],
         "bytes": sum(process.memory_full_info().uss for process in replicas),
@@ -151,12 +151,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         model = build_bundle(Path(directory) / "bundle", "tiny")
-        ray.init(address="local", num_cpus=4, log_to_driver=False)
-        ray_serve.start(http_options={"host": "127.0.0.1", "port": PORT})
-        ray_serve.run(app(Arguments(model=model, name="tiny", max_queued_images=QUEUE)), name="paella")
-        report = soaked(arguments.soak) if arguments.soak else flooded(arguments.seconds, arguments.clients)
-        ray_serve.shutdown()
-        ray.shutdown()
+        with ray_serve_here("127.0.0.1", PORT):
+            ray_serve.run(app(Arguments(model=model, name="tiny", max_queued_images=QUEUE)), name="paella")
+            report = soaked(arguments.soak) if arguments.soak else flooded(arguments.seconds, arguments.clients)
     print(json.dumps({"benchmark": "overload", **report}))
 
 

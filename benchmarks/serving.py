@@ -30,7 +30,6 @@ from typing import Any
 
 import aiohttp
 import numpy as np
-import ray
 import torch
 from PIL import Image
 from ray import serve as ray_serve
@@ -46,6 +45,7 @@ from serve.app import Arguments, app, threads
 from serve.ingress import Ingress
 from serve.modes import plan
 from serve.replica import EngineSettings, Generator
+from serve.run import ray_serve_here
 
 PORT = 8437
 TIMES = ("queue_ms", "encode_ms", "sample_ms", "decode_ms")
@@ -300,21 +300,18 @@ def main() -> None:
             taken[function.__name__].append(alone(function, model, seconds / 4))
         single = {name: statistics.median(seconds_of) for name, seconds_of in taken.items()}
         print(json.dumps(single), flush=True)
-        ray.init(address="local", num_cpus=4, log_to_driver=False)
-        ray_serve.start(http_options={"host": "127.0.0.1", "port": PORT})
         results: dict[str, dict[str, dict[str, float]]] = {}
         rate = arguments.rate
-        for number, name in [(number, name) for number in range(arguments.rounds) for name in arguments.ways]:
-            deployed(model, WAYS[name])
-            runs = results.setdefault(name, {})
-            for clients in [*arguments.clients, *[1] * (name == "ours")] if number == 0 else []:
-                runs[f"closed {clients}"] = asyncio.run(closed_loop(clients, seconds, side))
-                print(f"{name}, {clients} clients: {json.dumps(runs[f'closed {clients}'])}", flush=True)
-            rate = rate or 0.7 * max(run["images_per_s"] for run in runs.values())
-            if name != "one at a time":  # which could not keep up
-                runs[f"open {number + 1}"] = asyncio.run(open_loop(rate, 2 * seconds, side))
-        ray_serve.shutdown()
-        ray.shutdown()
+        with ray_serve_here("127.0.0.1", PORT):
+            for number, name in [(number, name) for number in range(arguments.rounds) for name in arguments.ways]:
+                deployed(model, WAYS[name])
+                runs = results.setdefault(name, {})
+                for clients in [*arguments.clients, *[1] * (name == "ours")] if number == 0 else []:
+                    runs[f"closed {clients}"] = asyncio.run(closed_loop(clients, seconds, side))
+                    print(f"{name}, {clients} clients: {json.dumps(runs[f'closed {clients}'])}", flush=True)
+                rate = rate or 0.7 * max(run["images_per_s"] for run in runs.values())
+                if name != "one at a time":  # which could not keep up
+                    runs[f"open {number + 1}"] = asyncio.run(open_loop(rate, 2 * seconds, side))
     report(single, results, rate)
 
 

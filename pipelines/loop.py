@@ -6,6 +6,7 @@ Every function and method here is to be called by every worker.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
 import time
@@ -104,6 +105,8 @@ class Training:
 
     def steps(self, batches_from: Callable[[int], Iterable[T]]) -> Iterator[tuple[int, T]]:
         """Each step and its batch. The batches of a step on: `batches_from(step)`, asked again after a rollback."""
+        gc.collect()
+        gc.freeze()  # or now and then a worker looks through all that it has imported for 0.4 s, and the others wait for it
         with contextlib.closing(self.watchdog):
             while self.step < self.config.steps and not self.ended:
                 with contextlib.closing(_generator(batches_from(self.step + self.offset))) as batches:

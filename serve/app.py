@@ -21,6 +21,8 @@ from serve.ingress import Ingress
 from serve.replica import EngineSettings, Generator
 
 DEMO = "runs/demo/train/model"
+QUIET = {"enable_access_log": False}
+"""The ingress has a log of its own, and a line takes time."""
 
 
 class Arguments(BaseModel):
@@ -63,7 +65,12 @@ def app(arguments: Arguments) -> ray_serve.Application:
         raise ValueError(f"two models are called {first}: give `name`")
     engines = {name: _engine(arguments, name, uri) for name, uri in {first: arguments.model, **arguments.models}.items()}
     ingress = ray_serve.deployment(
-        Ingress, name="ingress", num_replicas=arguments.ingress_replicas, max_ongoing_requests=10_000, max_queued_requests=-1
+        Ingress,
+        name="ingress",
+        num_replicas=arguments.ingress_replicas,
+        max_ongoing_requests=10_000,
+        max_queued_requests=-1,
+        logging_config=QUIET,
     )
     return ingress.bind(engines, first, arguments.timeout_s)
 
@@ -91,6 +98,7 @@ def _engine(arguments: Arguments, name: str, uri: str) -> ray_serve.Application:
         user_config=settings.model_dump(),
         ray_actor_options={"num_cpus": arguments.num_cpus, "num_gpus": gpus, "runtime_env": {"env_vars": threads()}},
         max_ongoing_requests=10_000,
+        logging_config=QUIET,
         health_check_period_s=2,
         health_check_timeout_s=30,
         graceful_shutdown_wait_loop_s=1,

@@ -47,6 +47,8 @@ PAGE = Path(__file__).parent / "page"
 CODES = {404: "not_found", 405: "method_not_allowed", 408: "timeout", 413: "payload_too_large", 415: "unsupported_media_type"}
 SMALL_BODY = 65_536
 """Bytes of JSON that are parsed sooner than a thread takes over."""
+LOOPBACK = "PAELLA_LOOPBACK"
+"""Set to 1 by who starts a server that only its own machine can reach: behind HAProxy, clients all look as if they were on it."""
 R = TypeVar("R", bound=ImageRequest)
 
 api = FastAPI(title="paella-ray", version="1", docs_url=None, redoc_url=None)
@@ -83,8 +85,9 @@ async def _authorized(request: Request) -> None:
     given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
     if keys and not any(secrets.compare_digest(given.encode(), key.encode()) for key in keys):
         raise ApiError(401, "invalid_api_key", "the API key is missing or wrong: Authorization: Bearer KEY")
-    host = request.client.host if request.client else ""
-    if not keys and not _is_loopback(host):
+    behind_haproxy = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+    near = os.environ.get(LOOPBACK) == "1" if behind_haproxy else _is_loopback(request.client.host if request.client else "")
+    if not keys and not near:
         raise ApiError(403, "permission_denied", "this server has no API keys, so only its own machine may use it")
 
 

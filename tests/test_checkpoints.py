@@ -17,9 +17,9 @@ from pipelines.recovery import Guard, RecoveryConfig, Vote
 from pipelines.watchdog import EXIT_CODE, Watchdog
 
 
-def make(value: float) -> tuple[nn.Module, TrainingState]:
+def make(value: float, outputs: int = 8) -> tuple[nn.Module, TrainingState]:
     """A sharded model whose weights, averages and optimizer state are all told by one number."""
-    model = nn.Linear(64, 8, bias=False)
+    model = nn.Linear(64, outputs, bias=False)
     model.weight.data.fill_(value)
     shard(model, torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
@@ -58,6 +58,21 @@ def _save_and_damage(rank: int, uri: str) -> None:
         store.filesystem.delete_file(f"{store.root}/step-00000030/.metadata")
     dist.barrier()
     assert store.load(state)["step"] == 10
+
+
+def _save_two_models_in_turn(rank: int, directory: str) -> None:
+    for step, outputs in enumerate((8, 16, 16, 8)):  # what is agreed on of one is not right for the other
+        store = Checkpoints(f"{directory}/{outputs}", keep=9)
+        store.save(make(float(step), outputs)[1], step, {})
+        store.wait()
+        model, state = make(-1.0, outputs)
+        assert store.load(state)["step"] == step
+        weight = value_of(model)
+        assert rank or weight == step
+
+
+def test_two_models_of_one_process(tmp_path):
+    start_group(_save_two_models_in_turn, 2, tmp_path, str(tmp_path))
 
 
 def _load_alone(rank: int, uri: str) -> None:
