@@ -45,6 +45,7 @@ from serve.schemas import (
 
 PAGE = Path(__file__).parent / "page"
 CODES = {404: "not_found", 405: "method_not_allowed", 408: "timeout", 413: "payload_too_large", 415: "unsupported_media_type"}
+EVENTS = ("partial_image", "completed", "progress")
 SMALL_BODY = 65_536
 """Bytes of JSON that are parsed sooner than a thread takes over."""
 LOOPBACK = "PAELLA_LOOPBACK"
@@ -102,11 +103,24 @@ def _errors(*codes: int) -> dict[int | str, dict[str, Any]]:
     return {code: {"model": ErrorAnswer} for code in codes}
 
 
+EVENT: dict[str, Any] = {
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {
+        "event": {"enum": [f"image_{of}.{what}" for of in ("generation", "edit") for what in EVENTS] + ["error"]},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {"type": "object", "required": ["type"], "properties": {"type": {"type": "string"}}},
+        },
+    },
+}
+"""One of the server-sent events of a stream."""
 PICTURES: dict[int | str, dict[str, Any]] = {
     200: {
         "model": ImagesAnswer,
         "content": {
-            "text/event-stream": {"schema": {"type": "string"}},
+            "text/event-stream": {"schema": EVENT},
             **{f"image/{kind}": {"schema": {"type": "string", "format": "binary"}} for kind in ("png", "webp", "jpeg")},
         },
     },
