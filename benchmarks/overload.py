@@ -124,6 +124,7 @@ async def soak(minutes: float) -> dict[str, Any]:
         while time.monotonic() < end:
             chance = rng.random()
             kind, body = rng.choice(BAD) if chance < 0.1 else next(queue)
+            body = body | {"prompt": f"a red circle, number {rng.randrange(500)}"}  # few, or the cache of prompts would grow on
             timeout = aiohttp.ClientTimeout(rng.uniform(0.01, 2) if chance > 0.9 else 300)
             try:
                 async with session.post(f"http://127.0.0.1:{PORT}/v1/images/{kind}", json=body, timeout=timeout) as answer:
