@@ -93,7 +93,8 @@ def _copied(value: Tensor) -> Tensor:
 def give_way() -> None:
     """Let other threads have the CPUs before this one, for as long as it lives."""
     if sys.platform == "linux":  # where a thread has a policy of its own; niceness is little against Ray's workers, who have 15
-        os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
+        with contextlib.suppress(OSError):  # a sandbox may forbid it
+            os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
 
 
 def reader(uri: str) -> dcp.FileSystemReader:
