@@ -230,7 +230,7 @@ def compare(steps: int, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         make_text_encoder(root / "byt5", PRESETS["small"].unet.byt5_embd, **BYT5_SMALL)
-        make_data(root, small_model(root), 256)  # their end lies outside of what is timed
+        make_data(root, small_model(root), 512)  # 128 steps: at an epoch's end one takes longer
         plain, programs = [time_plain_loop(root, steps // 5, "nothing")], []
         for _ in range(rounds):
             programs.append(time_program(root, steps))

@@ -45,7 +45,6 @@ from serve.schemas import (
 
 PAGE = Path(__file__).parent / "page"
 CODES = {404: "not_found", 405: "method_not_allowed", 408: "timeout", 413: "payload_too_large", 415: "unsupported_media_type"}
-EVENTS = ("partial_image", "completed", "progress")
 SMALL_BODY = 65_536
 """Bytes of JSON that are parsed sooner than a thread takes over."""
 LOOPBACK = "PAELLA_LOOPBACK"
@@ -87,8 +86,8 @@ async def _authorized(request: Request) -> None:
     if keys and not any(secrets.compare_digest(given.encode(), key.encode()) for key in keys):
         raise ApiError(401, "invalid_api_key", "the API key is missing or wrong: Authorization: Bearer KEY")
     behind_haproxy = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
-    near = os.environ.get(LOOPBACK) == "1" if behind_haproxy else _is_loopback(request.client.host if request.client else "")
-    if not keys and not near:
+    near = _is_loopback(request.client.host if request.client else "")
+    if not keys and not (near and (os.environ.get(LOOPBACK) == "1" or not behind_haproxy)):
         raise ApiError(403, "permission_denied", "this server has no API keys, so only its own machine may use it")
 
 
@@ -103,11 +102,12 @@ def _errors(*codes: int) -> dict[int | str, dict[str, Any]]:
     return {code: {"model": ErrorAnswer} for code in codes}
 
 
+EVENTS = [f"image_{of}.{what}" for of in ("generation", "edit") for what in ("partial_image", "completed", "progress")]
 EVENT: dict[str, Any] = {
     "type": "object",
     "required": ["event", "data"],
     "properties": {
-        "event": {"enum": [f"image_{of}.{what}" for of in ("generation", "edit") for what in EVENTS] + ["error"]},
+        "event": {"enum": [*EVENTS, "error"]},
         "data": {
             "type": "string",
             "contentMediaType": "application/json",

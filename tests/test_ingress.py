@@ -42,6 +42,7 @@ def test_keys(monkeypatch):
         ("127.0.0.1", HAPROXY, "permission_denied"),  # it is HAProxy's own address
         ("127.0.0.1", HAPROXY | {LOOPBACK: "0"}, "permission_denied"),
         ("127.0.0.1", HAPROXY | {LOOPBACK: "1"}, None),
+        ("203.0.113.5", HAPROXY | {LOOPBACK: "1"}, "permission_denied"),  # past HAProxy
     ],
 )
 def test_no_keys(monkeypatch, client, variables, expected):

@@ -332,6 +332,16 @@ def test_overload_is_refused_at_once(client, address):
     assert counted == refused
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Ray brings HAProxy on Linux alone")
+def test_clients_come_in_through_haproxy_and_from_this_machine_alone(address, server):
+    processes = {child.pid: " ".join(child.cmdline()) for child in psutil.Process(server[1].pid).children(recursive=True)}
+    assert any("haproxy.cfg" in line for line in processes.values())
+    ports = {int(address.rsplit(":", 1)[1]), *range(30_000, 31_000)}  # its own, and those at which it finds ingresses
+    listening = [c.laddr for c in psutil.net_connections("tcp") if c.pid in processes and c.status == psutil.CONN_LISTEN]
+    found = {place.ip for place in listening if place.port in ports}
+    assert found == {"127.0.0.1"}
+
+
 def test_raw_bytes_health_and_metrics(client, address):
     request = urllib.request.Request(
         f"{address}/v1/images/generations",
