@@ -34,6 +34,7 @@ from paella.training import OptimConfig
 from paella.unet import Paella
 from paella.vqgan import VQModel
 from pipelines import train_config
+from pipelines.gloo_rates import gloo_rates
 
 FLOAT32_TFLOPS = {"H200": 67, "H100": 67, "A100": 19.5, "L40S": 91, "L4": 30, "A10G": 31, "RTX 4090": 82}
 """By NVIDIA's data sheets, without tensor cores: tokens are made in float32, so that they are the same everywhere."""
@@ -49,12 +50,10 @@ ROWS_PER_UNIT = 1024
 """Images that are decoded, and wait for the encoder, as one object in Ray's store."""
 UNITS_PER_GPU = 4
 """Such objects on their way to one GPU, beside one in the making on each CPU that feeds it."""
-GLOO_BYTES_PER_S = 0.27e9
-"""What a worker on CPUs receives of another one on the same machine (0.21 to 0.30 measured, two processes on 2 cores)."""
 FSDP_COPIES = 4
 """Of all weights, that a worker makes in a pass beside what it sends: unpacked twice; gradients packed, and put in place."""
-TIMED_IMAGES = 8
-"""Images of a pass that is timed, at most."""
+TIMED_FLOPS = 100e9
+"""Of a pass that is timed, about: fewer images of a small model take longer each."""
 HEADROOM = 0.9
 """Share of a GPU's memory that a plan fills."""
 
@@ -196,13 +195,17 @@ def cpu_rate(config: PlanConfig, images: int) -> float:
     CPUs, and the weights and gradients that it exchanges with the others and copies. The update counts whole: Muon's is, and
     AdamW's waits for the memory that workers share."""
     workers, cpus = config.num_gpus, os.cpu_count() or 1
-    pass_s, update_s = timed(config.model, config.optim, min(images, TIMED_IMAGES), max(1, cpus // workers))
-    weights, passes = 4 * sizes(config.model).trained, config.global_batch_size / workers / images
+    some = min(images, math.ceil(TIMED_FLOPS / unet_flops(config.model)))
+    pass_s, update_s = timed(config.model, config.optim, some, max(1, cpus // workers))
+    trained, passes = sizes(config.model).trained, config.global_batch_size / workers / images
     gathers = 2 * passes if config.parallel.reshard_after_forward else 1
-    transfers = 1 + gathers  # gradients once a step
-    exchange_s = weights * transfers * (workers - 1) / workers / GLOO_BYTES_PER_S
-    copy_s = weights * (FSDP_COPIES * passes + transfers * (workers == 1)) / copy_rate()
-    step_s = passes * pass_s * images / min(images, TIMED_IMAGES) + exchange_s + copy_s + update_s
+    exchange_s = 0.0
+    if workers > 1:  # weights in the type that is computed in; gradients once a step, in float32
+        weight_rate, gradient_rate = gloo_rates()
+        itemsize = compute_dtype("auto", torch.device("cpu")).itemsize
+        exchange_s = trained * (gathers * itemsize / weight_rate + 4 / gradient_rate) * (workers - 1) / workers
+    copy_s = 4 * trained * (FSDP_COPIES * passes + (1 + gathers) * (workers == 1)) / copy_rate()
+    step_s = passes * pass_s * images / some + exchange_s + copy_s + update_s
     return config.global_batch_size / (step_s * max(1, workers / cpus))
 
 

@@ -14,6 +14,7 @@ from paella.parallel import ParallelConfig, count_parameters
 from paella.training import TextToTokens
 from paella.unet import Paella
 from pipelines import plan, plan_tables
+from pipelines.gloo_rates import gloo_rates
 
 
 def kept_by(unet: Paella, images: int) -> int:
@@ -92,16 +93,22 @@ def test_workers_on_cpus_share_cores_and_exchange_weights(monkeypatch):
     monkeypatch.setattr(plan, "timed", lambda model, optim, images, threads: (images / (10 * threads), 0.5))
     monkeypatch.setattr(plan.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(plan, "copy_rate", lambda: 1e9)
+    monkeypatch.setattr(plan, "gloo_rates", lambda: (0.5e9, 0.25e9))
+    monkeypatch.setattr(plan, "compute_dtype", lambda *_: torch.bfloat16)
     config = dataclasses.replace(plan.presets()["tiny"], gpu="cpu", num_gpus=1, global_batch_size=64)
     weights = 4 * memory.sizes(config.model).trained
-    for reshard, once, in_four in ((False, 2, 2), (True, 3, 9)):  # gradients are exchanged once a step, kept weights too
+    for reshard, gathers, in_four in ((False, 1, 2), (True, 2, 9)):  # gradients are exchanged once a step, kept weights too
         parallel = dataclasses.replace(config.parallel, reshard_after_forward=reshard)
         one = dataclasses.replace(config, parallel=parallel)
         assert plan.cpu_rate(one, 16) == pytest.approx(64 / (64 / 20 + (4 * 4 + in_four) * weights / 1e9 + 0.5))
-        two, exchanged = dataclasses.replace(one, num_gpus=2), once * weights / 2 / plan.GLOO_BYTES_PER_S
+        two, exchanged = dataclasses.replace(one, num_gpus=2), weights / 2 * (gathers / 2 / 0.5e9 + 1 / 0.25e9)
         assert plan.cpu_rate(two, 32) == pytest.approx(64 / (32 / 10 + exchanged + 4 * weights / 1e9 + 0.5))
     four = dataclasses.replace(config, num_gpus=4)
     assert plan.cpu_rate(four, 16) < plan.cpu_rate(dataclasses.replace(config, num_gpus=2), 16), "more workers than cores"
+
+
+def test_this_machine_exchanges_something():
+    assert all(1e6 < rate < 1e12 for rate in gloo_rates())
 
 
 def test_the_readme_has_these_tables():
