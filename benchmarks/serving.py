@@ -203,16 +203,15 @@ async def closed_loop(clients: int, seconds: float, side: int) -> dict[str, floa
     return summary(latencies, elapsed)
 
 
-async def open_loop(rate: float, seconds: float, side: int) -> dict[str, float]:
-    """The same for requests that come when they come."""
+async def open_loop(rate: float, seconds: float, side: int) -> list[tuple[float, float]]:
+    """Latencies of requests that come when they come."""
     rng, number = random.Random(2), max(10, round(rate * seconds))
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        began, tasks = time.perf_counter(), []
+        tasks = []
         for request in requests(number, 3, side, mixed=True):
             await asyncio.sleep(rng.expovariate(rate))
             tasks.append(asyncio.create_task(ask(session, request)))
-        latencies = await asyncio.gather(*tasks)
-        return summary(list(latencies), time.perf_counter() - began)
+        return await asyncio.gather(*tasks)
 
 
 def summary(latencies: list[tuple[float, float]], elapsed: float) -> dict[str, float]:
@@ -278,18 +277,15 @@ async def _engine_alone(model: str, seconds: float) -> float:
     return statistics.median(took)
 
 
-def open_p99(runs: dict[str, dict[str, float]]) -> float:
-    """Median over the rounds."""
-    return statistics.median(run["p99_s"] for load, run in runs.items() if load.startswith("open"))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=list(PRESETS), default="tiny")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="of serving, in this order")
     parser.add_argument("--clients", type=int, nargs="+", default=[8], help="of the closed loops")
     parser.add_argument("--seconds", type=float, default=20, help="of each run")
-    parser.add_argument("--rounds", type=int, default=1, help="of open loops, in turn: a machine's speed changes")
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="of open loops, in turn, whose requests count together: a machine's speed changes"
+    )
     parser.add_argument("--rate", type=float, help="requests per second of the open loop")
     arguments = parser.parse_args()
     seconds, side = arguments.seconds, PRESETS[arguments.preset].image_size
@@ -301,6 +297,7 @@ def main() -> None:
         single = {name: statistics.median(seconds_of) for name, seconds_of in taken.items()}
         print(json.dumps(single), flush=True)
         results: dict[str, dict[str, dict[str, float]]] = {}
+        came: dict[str, list[tuple[float, float]]] = {}  # in the open loops of all rounds
         rate = arguments.rate
         with ray_serve_here("127.0.0.1", PORT):
             for number, name in [(number, name) for number in range(arguments.rounds) for name in arguments.ways]:
@@ -311,7 +308,9 @@ def main() -> None:
                     print(f"{name}, {clients} clients: {json.dumps(runs[f'closed {clients}'])}", flush=True)
                 rate = rate or 0.7 * max(run["images_per_s"] for run in runs.values())
                 if name != "one at a time":  # which could not keep up
-                    runs[f"open {number + 1}"] = asyncio.run(open_loop(rate, 2 * seconds, side))
+                    came.setdefault(name, []).extend(asyncio.run(open_loop(rate, 2 * seconds, side)))
+                    runs["open"] = summary(came[name], (number + 1) * 2 * seconds)
+                    print(f"{name}, open loops until now: {json.dumps(runs['open'])}", flush=True)
     report(single, results, rate)
 
 
@@ -328,7 +327,7 @@ def report(alone: dict[str, float], results: dict[str, dict[str, dict[str, float
             ratios["throughput_of_one_at_a_time"] = ours[most]["images_per_s"] / other[most]["images_per_s"]
         for name in ("@serve.batch", "and our engine"):
             if name in results:
-                ratios[f"open_p99_of_{name}"] = open_p99(ours) / open_p99(results[name])
+                ratios[f"open_p99_of_{name}"] = ours["open"]["p99_s"] / results[name]["open"]["p99_s"]
     for name, value in ratios.items():
         print(f"{name:44} {value:8.3f}")
     print(json.dumps({"ratios": ratios, "seconds_of_an_image": alone, "results": results}))

@@ -50,8 +50,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def matrix_rate(dtype: torch.dtype, size: int = 1024, seconds: float = 0.1) -> float:
-    """FLOP/s of products of square matrices on this process's CPU threads; in float32 also as 1×1 convolutions, which are
-    faster on some (see `blocks.linear`)."""
+    """FLOP/s of products of square matrices on this process's CPU threads; in float32 also as 1×1 convolutions, which
+    oneDNN computes where there are several threads (see `blocks.linear`)."""
     a, x = torch.randn(size, size).to(dtype), torch.randn(1, size, size, 1).to(dtype, memory_format=torch.channels_last)
     ways: list[Callable[[], Tensor]] = [lambda: a @ a]
     if dtype == torch.float32:

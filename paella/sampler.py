@@ -10,10 +10,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor, nn
 
 from paella.config import PaellaConfig, require
@@ -331,7 +332,18 @@ def sent(values: Tensor, device: torch.device) -> Tensor:
 def _rng(seed: int, step: int, stream: int = 0) -> np.random.Generator:
     """Philox is counter-based: any (seed, step, stream) is reached at once, on every machine alike."""
     require(0 <= seed <= MAX_SEED, "seed", seed, f"0 to {MAX_SEED}")
-    return np.random.Generator(np.random.Philox(key=[seed, 2 * step + stream]))
+    key = _Key(seed, 2 * step + stream)
+    return np.random.Generator(np.random.Philox(key))  # type: ignore[arg-type]  # any ISeedSequence is taken
+
+
+class _Key(ISeedSequence):
+    """A key of Philox as it is; as `key=`, numpy asks the system for entropy first, which takes longer than the draws."""
+
+    def __init__(self, *words: int) -> None:
+        self.words = words
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> Any:
+        return np.array(self.words, dtype)
 
 
 @functools.lru_cache(maxsize=1000)

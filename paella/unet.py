@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paella.blocks import EPS, AttnBlock, LayerNorm2d, ResBlock, TimestepBlock, embed_noise_level
+from paella.blocks import EPS, AttnBlock, LayerNorm2d, PointwiseConv2d, ResBlock, TimestepBlock, embed_noise_level
 from paella.config import PaellaConfig
 
 
@@ -71,7 +71,7 @@ class Paella(nn.Module):
         )
         self.embedding = nn.Sequential(
             nn.PixelUnshuffle(c.patch_size) if c.patch_size > 1 else nn.Identity(),
-            nn.Conv2d(c.c_in * c.patch_size**2, c.c_hidden[0], 1),
+            PointwiseConv2d(c.c_in * c.patch_size**2, c.c_hidden[0]),
             LayerNorm2d(),
         )
         levels = range(len(c.c_hidden))
@@ -79,10 +79,10 @@ class Paella(nn.Module):
         self.up_blocks = nn.ModuleList(self._up_level(level) for level in reversed(levels))
         self.clf = nn.Sequential(
             LayerNorm2d(),
-            nn.Conv2d(c.c_hidden[0], c.c_out * c.patch_size**2, 1),
+            PointwiseConv2d(c.c_hidden[0], c.c_out * c.patch_size**2),
             nn.PixelShuffle(c.patch_size) if c.patch_size > 1 else nn.Identity(),
         )
-        self.out_mapper = nn.Sequential(LayerNorm2d(), nn.Conv2d(c.c_out, c.num_labels, 1, bias=False))
+        self.out_mapper = nn.Sequential(LayerNorm2d(), PointwiseConv2d(c.c_out, c.num_labels, bias=False))
         self._init_weights()
 
     def _group(self, level: int, skip_width: int = 0) -> list[nn.Module]:

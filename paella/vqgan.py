@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paella.blocks import EPS, Linear
+from paella.blocks import EPS, Linear, PointwiseConv2d
 from paella.config import VQConfig
 from paella.quantizers import Codebook, make_quantizer
 
@@ -65,23 +65,23 @@ class VQModel(nn.Module):
         super().__init__()
         self.config = c = config
         widths = [c.c_hidden // 2**i for i in reversed(range(c.levels))]
-        self.in_block = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(3 * 4, widths[0], 1))
+        self.in_block = nn.Sequential(nn.PixelUnshuffle(2), PointwiseConv2d(3 * 4, widths[0]))
         down: list[nn.Module] = []
         for i, width in enumerate(widths):
             if i > 0:
                 down.append(nn.Conv2d(widths[i - 1], width, 4, stride=2, padding=1))
             down.append(VQResBlock(width))
         # the batch norm keeps latents at unit scale, so that codes and latents cannot drift apart
-        down.append(nn.Sequential(nn.Conv2d(widths[-1], c.c_latent, 1, bias=False), nn.BatchNorm2d(c.c_latent)))
+        down.append(nn.Sequential(PointwiseConv2d(widths[-1], c.c_latent, bias=False), nn.BatchNorm2d(c.c_latent)))
         self.down_blocks = nn.Sequential(*down)
         self.vquantizer = make_quantizer(c)
-        up: list[nn.Module] = [nn.Sequential(nn.Conv2d(c.c_latent, widths[-1], 1))]
+        up: list[nn.Module] = [nn.Sequential(PointwiseConv2d(c.c_latent, widths[-1]))]
         for i, width in reversed(list(enumerate(widths))):
             up.extend(VQResBlock(width) for _ in range(c.bottleneck_blocks if i == c.levels - 1 else 1))
             if i > 0:
                 up.append(nn.ConvTranspose2d(width, widths[i - 1], 4, stride=2, padding=1))
         self.up_blocks = nn.Sequential(*up)
-        self.out_block = nn.Sequential(nn.Conv2d(widths[0], 3 * 4, 1), nn.PixelShuffle(2))
+        self.out_block = nn.Sequential(PointwiseConv2d(widths[0], 3 * 4), nn.PixelShuffle(2))
 
     @property
     def latent_norm(self) -> nn.BatchNorm2d:

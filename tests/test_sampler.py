@@ -25,6 +25,7 @@ from paella.sampler import (
     PUBLISHED_DEMO,
     Canvas,
     SamplingConfig,
+    _rng,
     predictions,
     random_tokens,
     sample,
@@ -344,3 +345,10 @@ def test_graphs_say_what_the_unet_says(monkeypatch):
             expected = model(tokens, t, prepared=stacked)
             torch.testing.assert_close(graphs(tokens, t, prepared=stacked), expected, atol=1e-4, rtol=1e-3)
     assert set(graphs.graphs) == {(2, 64, 16, 16), (4, 128, 16, 16), (1, 64, 16, 16)}
+
+
+def test_random_numbers_are_philox_s_of_seed_step_and_stream():
+    expected = np.random.Generator(np.random.Philox(key=[2**32 - 1, 2 * 5 + 1]))
+    rng = _rng(2**32 - 1, 5, stream=1)
+    assert (rng.random(1000, dtype=np.float32) == expected.random(1000, dtype=np.float32)).all()
+    assert (rng.integers(8192, size=100) == expected.integers(8192, size=100)).all()
