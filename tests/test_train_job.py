@@ -12,10 +12,15 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT, checkpointed
+from process_groups import without_a_cluster
 from processes import free_ports
-from test_train_resume import assert_same_result, place, undisturbed
+from test_train_resume import assert_same_result, place
 
-__all__ = ["place", "undisturbed"]
+from pipelines import train
+
+__all__ = ["place"]
+STEPS = 200
+"""Which take longer than stopping a job does."""
 
 
 @contextlib.contextmanager
@@ -54,10 +59,12 @@ def cluster(root: Path) -> Iterator[dict[str, str]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_a_job_is_stopped_and_submitted_again(place, undisturbed):
+def test_a_job_is_stopped_and_submitted_again(place):
+    with without_a_cluster(train):
+        undisturbed = place.run("undisturbed", steps=STEPS)
     root = Path(f"/tmp/paella-{uuid.uuid4().hex[:6]}")  # short: Ray puts sockets there
     root.mkdir()
-    arguments = [str(part) for part in place.train_arguments("job")]
+    arguments = [str(part) for part in place.train_arguments("job")] + ["--steps", str(STEPS)]
     with cluster(root) as environment:
         submit = ["ray", "job", "submit", "--no-wait", "--working-dir", str(ROOT), "--submission-id", "first", "--"]
         subprocess.run([*submit, "python", "pipelines/train.py", *arguments], env=environment, check=True, capture_output=True)
@@ -77,4 +84,4 @@ def test_a_job_is_stopped_and_submitted_again(place, undisturbed):
         bad = [*submit, "python", "pipelines/train.py", *arguments, "--stepz", "3"]
         refused = subprocess.run(bad, env=environment, capture_output=True, text=True, timeout=200)
         assert refused.returncode != 0 and "Unrecognized options: --stepz" in refused.stdout + refused.stderr
-    assert_same_result(place.root / "job", undisturbed)
+    assert_same_result(place.root / "job", undisturbed, STEPS)

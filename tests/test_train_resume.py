@@ -259,13 +259,14 @@ def test_killed_at_ten_random_instants(place):
     assert finished.returncode == 0, finished.stderr
     output, rng = place.root / "random", random.SystemRandom()
     for number in range(10):
-        what, delay_s = ("worker", "driver", "cluster")[number % 3], rng.uniform(1, 8)
+        what, done = ("worker", "driver", "cluster")[number % 3], rng.randint(1, 12)
+        print(f"killed: a {what}, {done} steps after the start", flush=True)
         if number % 2 == 0:
-            _interrupt(place.command("random", *steps), output, what, delay_s)
+            _interrupt(place.command("random", *steps), output, what, done)
             continue
         with one_cpu() as environment:  # a worker with as many threads and as many images in a pass as each of two
             alone = ["--num-workers", "1", "--parallel.accumulate", "2"]
-            _interrupt(place.command("random", *steps, *alone), output, what, delay_s, environment)
+            _interrupt(place.command("random", *steps, *alone), output, what, done, environment)
     finished = subprocess.run(place.command("random", *steps), capture_output=True, text=True, timeout=900)
     assert finished.returncode == 0, finished.stderr
     assert_same(output, whole, 200)
@@ -286,23 +287,29 @@ def one_cpu() -> Iterator[dict[str, str]]:
         cluster.shutdown()
 
 
-def _interrupt(command: list, output: Path, what: str, delay_s: float, environment: Mapping[str, str] = {}) -> None:
-    """Start a run, and kill a part of it some time after its first step; if a worker, then later the rest too."""
+def _interrupt(command: list, output: Path, what: str, steps: int, environment: Mapping[str, str] = {}) -> None:
+    """Start a run, and kill a part of it in or after a step; if a worker, then the rest after as many steps of the new ones."""
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    before = {file.name for file in output.with_name(f"{output.name}.ids").glob("*.jsonl")}
+    ids = output.with_name(f"{output.name}.ids")
+    before = set(ids.glob("*.jsonl"))
     process = subprocess.Popen(command, start_new_session=True, env=os.environ | environment, **quiet)
 
     def workers() -> list[int]:
-        files = output.with_name(f"{output.name}.ids").glob("*.jsonl")
-        return [int(file.stem) for file in files if file.name not in before and psutil.pid_exists(int(file.stem))]
+        """The new ones, once they have done the steps."""
+        while process.poll() is None:
+            new = [file for file in set(ids.glob("*.jsonl")) - before if psutil.pid_exists(int(file.stem))]
+            if any(file.read_text().count("\n") >= steps for file in new):
+                time.sleep(random.uniform(0, 0.05))
+                return [int(file.stem) for file in new]
+            time.sleep(0.02)
+        raise AssertionError("the run was over before it was killed")
 
-    while not workers() and process.poll() is None:
-        time.sleep(0.05)
-    time.sleep(delay_s)
-    family = psutil.Process(process.pid).children(recursive=True)
+    pids = workers()
     if what == "worker":
-        os.kill(random.choice(workers()), signal.SIGKILL)
-        time.sleep(delay_s + 5)
+        before |= set(ids.glob("*.jsonl"))
+        os.kill(random.choice(pids), signal.SIGKILL)
+        workers()
+    family = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     if what != "driver":
         for relative in family:
