@@ -299,8 +299,11 @@ class Engine:
                 share = [canvas for canvas in running if id(canvas) not in self.in_step][: -(-len(running) // self.lanes)]
                 if share:
                     self.in_step |= set(map(id, share))
+                    if len(self.in_step) < len(running):
+                        self.turn.notify()  # there is work for another lane
                     return share
                 if self.closed and not self.scheduler.busy:
+                    self.turn.notify_all()
                     return None
                 self.turn.wait()
         return None
@@ -337,7 +340,6 @@ class Engine:
             self.scheduler.remove(done)
             finished = [self.by_canvas.pop(id(canvas)) for canvas in done]
             self.in_step -= set(map(id, share))
-            self.turn.notify_all()
         self.observe("step", seconds, {})
         self.observe("occupancy", tokens / self.knee.high, {})
         self.observe("tokens", num_tokens(share), {})
