@@ -15,14 +15,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from paella.config import PRESETS
+from paella.flops import matrix_rate
 from paella.objective import add_noise
 from paella.parallel import compute_dtype
 from paella.sampler import MODEL_CARD, sample, start
@@ -32,8 +33,13 @@ CASES = {"tiny": (32, 16, 70, 3), "paella-1b": (1, 64, 70, 1)}
 """Preset: images, side of the token grid, bytes of the prompt, rounds."""
 
 
+def torch_s_own() -> Any:
+    """In place of oneDNN's product the ones that PyTorch chooses."""
+    return mock.patch("paella.blocks._by_onednn", lambda x: False)
+
+
 @torch.inference_mode()
-@mock.patch("paella.blocks.linear", F.linear)
+@torch_s_own()
 def plain(model: Paella, conditions: dict[str, Tensor], batch: int, side: int) -> Tensor:
     """The model card's loop."""
     steps, num_labels = MODEL_CARD.num_inference_steps, model.config.num_labels
@@ -70,13 +76,6 @@ def timed(function: Callable[[], Tensor], rounds: int) -> float:
     return statistics.median(seconds)
 
 
-def matrix_rate(dtype: torch.dtype) -> float:
-    """Multiplications and additions per second in a large matrix product."""
-    a, b = (torch.randn(4096, 4096, dtype=dtype) for _ in range(2))
-    a @ b
-    return 2 * 4096**3 / timed(lambda: a @ b, 5)
-
-
 def build(preset: str) -> Paella:
     """Random weights of ordinary size: zero-initialised ones would skip work in no library, but hide a wrong result."""
     torch.manual_seed(0)
@@ -93,7 +92,7 @@ def agreement(model: Paella, fast: Paella, conditions: dict[str, Tensor], side: 
     one = {name: value[:1] for name, value in conditions.items()}
     t = torch.tensor([0.5])
     with torch.inference_mode():
-        with mock.patch("paella.blocks.linear", F.linear):
+        with torch_s_own():
             reference = model(tokens, t, **one)
         found = {"float32": model(tokens, t, prepared=model.prepare(**one))}
         if fast is not model:
@@ -110,7 +109,7 @@ def run(preset: str) -> dict:
     batch, side, length, rounds = CASES[preset]
     model = build(preset)
     conditions = {"byt5": torch.randn(batch, length, model.config.byt5_embd), "clip": torch.randn(batch, model.config.clip_embd)}
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+    with FlopCounterMode(display=False) as counter, torch.inference_mode(), torch_s_own():  # which it counts
         one = {name: value[:1] for name, value in conditions.items()}
         model(torch.zeros(1, side, side, dtype=torch.long), torch.ones(1), **one)
     flop = counter.get_total_flops() * 2 * MODEL_CARD.num_inference_steps  # an image: two passes a step

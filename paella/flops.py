@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from paella.blocks import linear
 from paella.config import ModelConfig
 from paella.unet import Paella
 
@@ -50,13 +50,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def matrix_rate(dtype: torch.dtype, size: int = 1024, seconds: float = 0.1) -> float:
-    """FLOP/s of products of square matrices on this process's CPU threads; in float32 also as 1×1 convolutions, which
-    oneDNN computes where there are several threads (see `blocks.linear`)."""
-    a, x = torch.randn(size, size).to(dtype), torch.randn(1, size, size, 1).to(dtype, memory_format=torch.channels_last)
-    ways: list[Callable[[], Tensor]] = [lambda: a @ a]
-    if dtype == torch.float32:
-        ways.append(lambda: F.conv2d(x, a[:, :, None, None]))
-    return max(_rate(way, seconds) for way in ways) * 2.0 * size**3
+    """FLOP/s of products of square matrices, as inference has them, on this process's CPU threads."""
+    a = torch.randn(size, size).to(dtype)
+    with torch.no_grad():
+        return _rate(lambda: linear(a, a, None), seconds) * 2.0 * size**3
 
 
 def _rate(call: Callable[[], Tensor], seconds: float) -> float:

@@ -3,8 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from paella.blocks import PointwiseConv2d, linear
+from paella.config import PRESETS
+from paella.unet import Paella
 
 
 @pytest.fixture
@@ -33,6 +36,18 @@ def test_a_pointwise_convolution_is_one(one_thread, bias, memory_format):
     torch.testing.assert_close(layer(x), expected)
     layer(x).sum().backward()
     assert layer.weight.grad is not None and layer.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_one_thread_leaves_no_product_of_a_pass_to_the_mkl(one_thread):
+    """As torch does with 1×1 convolutions in float32: they take twice as long on AMD's processors."""
+    config = PRESETS["tiny"].unet
+    unet = Paella(config)
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as profiled:
+        prepared = unet.prepare(byt5=torch.randn(1, 5, config.byt5_embd))
+        unet(torch.zeros(1, 16, 16, dtype=torch.long), torch.ones(1), prepared=prepared)
+    called = {event.key for event in profiled.key_averages()}
+    assert "mkldnn::_linear_pointwise" in called and "aten::_slow_conv2d_forward" not in called
 
 
 def test_autocast_has_its_say(one_thread):
