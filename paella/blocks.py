@@ -12,6 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+try:
+    from paella import kernels
+except ImportError:  # Triton comes with torch for CUDA on Linux
+    kernels = None  # type: ignore[assignment]
+
 EPS = 1e-6  # of every norm
 
 
@@ -41,6 +46,13 @@ _onednn_linear = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mk
 
 def _by_onednn(x: Tensor) -> bool:
     return x.is_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
+def scale_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """x · scale + shift, over the channels: (B,H,W,C), (B,1,1,C), (B or 1,1,1,C) → (B,H,W,C)."""
+    if kernels and x.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return kernels.scale_shift(x, scale, shift)
+    return torch.addcmul(shift, x, scale)
 
 
 class Linear(nn.Linear):
@@ -78,12 +90,15 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        # of the two squares one has the quicker backward, the other the quicker forward; both, and the sum's root, are many times
-        # faster on a CPU than linalg.vector_norm over strided positions
-        squared = x.square() if x.requires_grad else x * x
-        norm = squared.sum((1, 2), keepdim=True).clamp(min=1e-12).sqrt()
+        if x.is_cuda and not x.requires_grad:
+            norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+        else:
+            # of the two squares one has the quicker backward, the other the quicker forward; both, and the sum's root, are many
+            # times faster on a CPU than linalg.vector_norm over strided positions
+            squared = x.square() if x.requires_grad else x * x
+            norm = squared.sum((1, 2), keepdim=True).clamp(min=1e-12).sqrt()
         # gamma·(x·norm/mean) + beta + x, with the two products by x joined
-        return torch.addcmul(self.beta, x, 1 + self.gamma * (norm / (norm.mean(-1, keepdim=True) + EPS)))
+        return scale_shift(x, 1 + self.gamma * (norm / (norm.mean(-1, keepdim=True) + EPS)), self.beta)
 
 
 class ResBlock(nn.Module):
@@ -108,9 +123,19 @@ class ResBlock(nn.Module):
         return last
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        hidden = x if skip is None else torch.cat([x, skip], dim=1)  # (B,C or 2C,H,W)
-        hidden = self.norm(self.depthwise(hidden)).permute(0, 2, 3, 1)  # (B,H,W,C)
+        hidden = self.depthwise(x) if skip is None else self._depthwise_of_both(x, skip)
+        hidden = self.norm(hidden).permute(0, 2, 3, 1)  # (B,H,W,C)
         return x + self.channelwise(hidden).permute(0, 3, 1, 2)
+
+    def _depthwise_of_both(self, x: Tensor, skip: Tensor) -> Tensor:
+        """The convolution over x and skip, one behind the other: each output channel is made of two that follow one another.
+
+        As two depthwise convolutions, of the even and of the odd channels: libraries have no fast kernel for groups of two.
+        """
+        width, weight, padding = x.shape[1], self.depthwise.weight, self.depthwise.padding[0]
+        even, odd = (torch.cat([x[:, n::2], skip[:, (n + width) % 2 :: 2]], dim=1) for n in (0, 1))  # (B,C,H,W)
+        of_even = F.conv2d(even, weight[:, :1], self.depthwise.bias, padding=padding, groups=width)
+        return of_even + F.conv2d(odd, weight[:, 1:], None, padding=padding, groups=width)
 
 
 class TimestepBlock(nn.Module):
@@ -121,8 +146,8 @@ class TimestepBlock(nn.Module):
         self.mapper = nn.Linear(c_r, width * 2)
 
     def forward(self, x: Tensor, r_embed: Tensor) -> Tensor:
-        scale, shift = self.mapper(r_embed)[:, :, None, None].chunk(2, dim=1)
-        return torch.addcmul(shift, x, 1 + scale)
+        scale, shift = self.mapper(r_embed)[:, None, None].chunk(2, dim=-1)  # (B,1,1,C)
+        return scale_shift(x.permute(0, 2, 3, 1), 1 + scale, shift).permute(0, 3, 1, 2)
 
 
 class Attention2d(nn.Module):

@@ -4,7 +4,7 @@
     step(predictor, canvases)
 
 A pass is recorded once for its shape and replayed by one call from then on. Each recording keeps its inputs and logits, so there
-are few: of one grid, with rows and text padded to powers of two; sixteen of the published model, of 7 GB, if prompts have all
+are few: of one grid, with rows and text padded to powers of two; twenty of the published model, of 15 GB, if prompts have all
 lengths up to 512. All other passes go to the U-Net itself, large ones too, whose kernels take longer than their launch.
 B rows, S conditioning tokens.
 """
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from paella.unet import Paella, Prepared
 
-MAX_ROWS = 8
-"""Rows of a pass that is replayed: four images with guidance."""
+MAX_ROWS = 16
+"""Rows of a pass that is replayed: eight images with guidance."""
 MIN_LENGTH = 64
 """Conditioning tokens that a recorded pass has at least."""
 

@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+try:
+    from paella import kernels
+except ImportError:  # Triton comes with torch for CUDA on Linux
+    kernels = None  # type: ignore[assignment]
+
 BLOCK = 128
 """Codes that are summed up before the search for the drawn one goes inside a block."""
 ROWS_AT_ONCE = 2**24
@@ -14,11 +19,13 @@ ROWS_AT_ONCE = 2**24
 def draw(logits: Tensor, uniform: Tensor, temperature: float = 1.0) -> Tensor:
     """One code per position from softmax(logits / temperature), by inverting its cumulative sum: (...,K), (...) → (...) int64.
 
-    The sum is inverted in two levels, blocks of codes first: one exponential and one reading of the K numbers, where a softmax,
-    a cumulative sum and a search would read them six times over.
+    On a GPU by a kernel. Elsewhere the sum is inverted in two levels, blocks of codes first: one exponential and one reading of
+    the K numbers, where a softmax, a cumulative sum and a search would read them six times over.
     """
     num_labels = logits.shape[-1]
     rows, thresholds = logits.reshape(-1, num_labels), uniform.reshape(-1)
+    if kernels and rows.is_cuda:
+        return kernels.draw(rows, thresholds, temperature).view(uniform.shape)
     per_chunk = max(1, ROWS_AT_ONCE // num_labels)
     chunks = zip(rows.split(per_chunk), thresholds.split(per_chunk), strict=True)
     return torch.cat([_draw(part, threshold, temperature) for part, threshold in chunks]).view(uniform.shape)
