@@ -263,7 +263,9 @@ async def _engine_alone(model: str, seconds: float) -> float:
 
     with ThreadPoolExecutor(1) as loader:  # as in the replica, the thread that loads ends
         bundle = loader.submit(loaded, model).result()
-    engine, took, began = Engine(bundle), [], time.perf_counter()
+    engine = Engine(bundle)
+    await engine.ready()
+    took, began = [], time.perf_counter()
     for index in range(10_000):
         at = time.perf_counter()
         request = GenerationRequest(prompt=f"a red circle and a blue square, number {index}", seed=index)

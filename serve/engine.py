@@ -3,10 +3,12 @@
 A sampling thread takes one step after the other. Between two steps it lets waiting images in and those out that are done,
 cancelled or late. Prompts and images are encoded on a thread of their own, pictures are decoded on another, and the event loop
 only hands things on. A small model on a CPU has several sampling threads, its lanes: each takes its share of the batch through a
-step and does not wait for the others. A large model on a CPU has one thread for everything, whose passes have all cores: a second
-team of OpenMP's threads would only be in its way. Nothing here knows of HTTP or Ray:
+step and does not wait for the others, the first one here and each other one in a process of its own. A large model on a CPU has
+one thread for everything, whose passes have all cores: a second team of OpenMP's threads would only be in its way. Nothing here
+knows of HTTP or Ray:
 
     engine = Engine(bundle)
+    await engine.ready()
     ticket = engine.submit([Task(make, encode, steps=12, tokens=256)])
     async for event in ticket: ...
     await engine.close()
@@ -15,12 +17,13 @@ team of OpenMP's threads would only be in its way. Nothing here knows of HTTP or
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,11 +31,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paella import edits
 from paella.bundle import Bundle
 from paella.cuda_graphs import GraphedUnet
-from paella.sampler import Canvas, Predictor, step
+from paella.sampler import Canvas, Predictor, SamplingConfig, step
 from paella.step_scheduler import StepScheduler, num_tokens
 from serve.knee import Knee
+from serve.lanes import StepProcess
 
 MAX_PREVIEWS_BEHIND = 8
 """Previews are left out while more pictures than this wait to be decoded."""
@@ -69,7 +74,7 @@ class EngineConfig:
     max_batch_images: int = 32
     """Images in the batch at most; what the memory takes."""
     lanes: int = 2
-    """Threads that step images of a small model side by side on a CPU."""
+    """Shares of the batch that a CPU steps side by side, for a small model; each after the first takes a process, of 350 MB."""
 
     def __post_init__(self) -> None:
         for name in ("max_queued_images", "min_batch_images", "max_batch_images", "lanes"):
@@ -171,7 +176,8 @@ class Engine:
         low = min(max(self.config.min_batch_images, self.lanes), high)
         if on_cpu and weight.dtype == torch.float32:  # each image has its own pass, so that a larger batch never pays
             high = low
-        self.predictor: Predictor = bundle.unet if on_cpu else GraphedUnet(bundle.unet, (height, width))
+        predictor: Predictor = bundle.unet if on_cpu else GraphedUnet(bundle.unet, (height, width))
+        self.step_here = functools.partial(step, predictor, codebook=bundle.vqgan.vquantizer)
         self.knee = Knee(low * per_image, high * per_image)
         self.scheduler = StepScheduler(self.knee.low)
         self.trace: deque[dict[str, Any]] = deque(maxlen=10_000)
@@ -182,6 +188,7 @@ class Engine:
         self.unprepared: deque[_Image] = deque()
         self.in_step: set[int] = set()  # ids of canvases that a lane has
         self.closed = False
+        self.starting = self.lanes  # lanes that cannot take a step yet
         self.rate = 0.0  # tokens and steps per second, of late
         self.draining = False
         self.error: BaseException | None = None
@@ -190,11 +197,18 @@ class Engine:
         new_thread = functools.partial(ThreadPoolExecutor, 1, initializer=torch.set_num_threads, initargs=(self.threads,))
         self.preparing, self.decoding = new_thread(), new_thread()
         self.decodes_behind = 0
-        self.sampling = [threading.Thread(target=self._sample, name=f"lane {lane}", daemon=True) for lane in range(self.lanes)]
+        lanes = range(self.lanes)
+        self.sampling = [threading.Thread(target=self._sample, args=[lane], name=f"lane {lane}", daemon=True) for lane in lanes]
         for thread in self.sampling:
             thread.start()
 
     # what the event loop calls
+
+    async def ready(self) -> None:
+        """Return once all lanes can take steps; images may be submitted before. Raises EngineDied."""
+        while self.starting:
+            self.check()
+            await asyncio.sleep(0.02)
 
     def submit(self, tasks: Sequence[Task]) -> Ticket:
         """Take a request's images in, all or none. Raises QueueFull, Draining or EngineDied."""
@@ -268,18 +282,21 @@ class Engine:
             image.canvas = canvas
             self.by_canvas[id(canvas)] = image
             self.scheduler.add(canvas)
-            self.turn.notify()
+            self.turn.notify_all()
 
     # the sampling threads
 
-    def _sample(self) -> None:
+    def _sample(self, lane: int) -> None:
         torch.set_num_threads(self.threads)  # here as in the pools: in float32 another number rounds otherwise
         try:
-            while (work := self._next()) is not None:
-                if isinstance(work, _Image):
-                    self._prepare(work)
-                else:
-                    self._step(work)
+            with self._steps_of(lane) as take_step:
+                with self.turn:
+                    self.starting -= 1
+                while (work := self._next(lane)) is not None:
+                    if isinstance(work, _Image):
+                        self._prepare(work)
+                    else:
+                        self._step(work, take_step)
         except BaseException as error:
             with self.turn:
                 self.error = error
@@ -288,8 +305,29 @@ class Engine:
                 self._end(image, Event("failed", image.index, error=EngineDied(str(error))))
             raise
 
-    def _next(self) -> _Image | list[Canvas] | None:
-        """What a lane does next, as soon as there is something: an image to prepare, or canvases to step. None to end."""
+    @contextlib.contextmanager
+    def _steps_of(self, lane: int) -> Iterator[Callable[[list[Canvas]], None]]:
+        """What takes the steps of a lane."""
+        if lane:
+            with contextlib.closing(StepProcess(self.bundle.unet, self.bundle.vqgan.vquantizer)) as take_step:
+                yield take_step
+        else:
+            if self.device.type == "cuda":
+                self._warm_up()
+            yield self.step_here
+
+    def _warm_up(self) -> None:
+        """Take steps of one image and of more, for which a GPU finds kernels, and of which it records those of few."""
+        number, config = 1, SamplingConfig(num_inference_steps=1)
+        while number <= self.config.max_batch_images:
+            self.step_here([edits.text_to_image(self.bundle, "x", seed=0, config=config) for _ in range(number)])
+            number *= 2
+
+    def _next(self, lane: int) -> _Image | list[Canvas] | None:
+        """What a lane does next, as soon as there is something: an image to prepare, or canvases to step. None to end.
+
+        An image that is alone stays in the first lane, whose steps need not be sent anywhere.
+        """
         with self.turn:
             while self.error is None:
                 if self.unprepared:
@@ -297,13 +335,15 @@ class Engine:
                 self._admit()
                 running = self.scheduler.running
                 share = [canvas for canvas in running if id(canvas) not in self.in_step][: -(-len(running) // self.lanes)]
-                if share:
+                if share and (lane == 0 or self.in_step):
                     self.in_step |= set(map(id, share))
                     if len(self.in_step) < len(running):
-                        self.turn.notify()  # there is work for another lane
+                        self.turn.notify_all()  # there is work for another lane
                     return share
-                if self.closed and not self.scheduler.busy:
-                    self.turn.notify_all()
+                ended = self.closed and not self.scheduler.busy
+                if share or ended:
+                    self.turn.notify_all()  # there is work for the first lane, or all end
+                if ended:
                     return None
                 self.turn.wait()
         return None
@@ -320,11 +360,11 @@ class Engine:
         for canvas in self.scheduler.admit():
             self.by_canvas[id(canvas)].marks["started"] = time.monotonic()
 
-    def _step(self, share: list[Canvas]) -> None:
+    def _step(self, share: list[Canvas], take_step: Callable[[list[Canvas]], None]) -> None:
         images = [self.by_canvas[id(canvas)] for canvas in share]
         taken = [(image.task.label, image.task.mode, canvas.step) for image, canvas in zip(images, share, strict=True)]
         running, began = list(self.scheduler.running), time.monotonic()
-        step(self.predictor, share, codebook=self.bundle.vqgan.vquantizer)
+        take_step(share)
         if self.device.type == "cuda":  # or steps would be taken ahead of time, which no image could join or leave
             torch.cuda.current_stream(self.device).synchronize()
         seconds, tokens = time.monotonic() - began, num_tokens(running)  # in which the other lanes take their shares

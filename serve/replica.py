@@ -62,6 +62,7 @@ class Generator:
         with ThreadPoolExecutor(1) as loader:  # which ends, and its team of OpenMP's threads with it
             bundle = await asyncio.get_running_loop().run_in_executor(loader, _load, settings)
         engine, old = Engine(bundle, settings.engine_config()), self.engine
+        await engine.ready()
         self.metrics = EngineMetrics(settings.name)
         engine.observe = self.metrics.observe
         self.engine, self.settings = engine, settings

@@ -6,6 +6,7 @@ import itertools
 import random
 import threading
 
+import psutil
 import pytest
 import torch
 
@@ -34,21 +35,28 @@ def task(bundle, *, seed=0, steps=4, size=(64, 64), label="", make=None, **more)
     return Task(make=made, finish=finish, steps=steps, tokens=size[0] * size[1] // 16, label=label, **more)
 
 
+def children():
+    """Processes of lanes."""
+    return [process for process in psutil.Process().children() if "serve.lanes" in process.cmdline()]
+
+
 async def all_of(ticket):
     return [event async for event in ticket]
 
 
-def with_engine(bundle, run, **config):
-    """Run a coroutine with an engine; behind it there are no images and no threads of the engine's left."""
+def with_engine(bundle, run, lanes=1, **config):
+    """Run a coroutine with an engine; behind it there are no images, threads and processes of the engine's left."""
 
     async def body():
-        engine = Engine(bundle, EngineConfig(**config))
+        engine = Engine(bundle, EngineConfig(lanes=lanes, **config))
         try:
+            await engine.ready()
+            assert len(children()) == lanes - 1
             return await asyncio.wait_for(run(engine), 120)
         finally:
             await asyncio.wait_for(engine.close(), 60)
             assert not engine.images and not engine.by_canvas
-            assert not any(thread.is_alive() for thread in engine.sampling)
+            assert not any(thread.is_alive() for thread in engine.sampling) and not children()
 
     return asyncio.run(body())
 
@@ -136,7 +144,7 @@ def test_all_modes_and_sizes_share_steps(bundle):
         await all_of(long)
         return list(engine.trace)
 
-    trace = with_engine(bundle, run, min_batch_images=3, lanes=1)
+    trace = with_engine(bundle, run, min_batch_images=3)
     shared = [[label for label, _, _ in row["images"]] for row in trace]
     steps_of = {
         name: [number for row in trace for label, _, number in row["images"] if label == name]
@@ -179,7 +187,7 @@ def test_pictures_are_those_of_sample(bundle):
         tasks = [task(bundle, seed=seed, steps=3 + seed, size=(64, 64 - 32 * (seed % 2))) for seed in range(6)]
         return await asyncio.gather(*(all_of(engine.submit([each])) for each in tasks))
 
-    for events, data in zip(with_engine(bundle, run), expected, strict=True):
+    for events, data in zip(with_engine(bundle, run, lanes=2), expected, strict=True):
         assert [(event.kind, event.data == data) for event in events] == [("completed", True)]
 
 
@@ -251,29 +259,49 @@ def test_no_more_images_than_the_memory_takes(bundle):
         await asyncio.gather(*(all_of(engine.submit([task(bundle, seed=seed)])) for seed in range(3)))
         return [row["running"] for row in engine.trace]
 
-    assert set(with_engine(bundle, run, max_batch_images=1)) == {1}
+    assert set(with_engine(bundle, run, lanes=2, max_batch_images=1)) == {1}
 
 
-def test_a_dead_engine_says_so(bundle):
+@pytest.fixture
+def quiet(monkeypatch):
+    """A thread that dies says nothing."""
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+
+
+async def assert_dead(engine):
+    for asked in (engine.check, functools.partial(engine.submit, [task(engine.bundle)])):
+        with pytest.raises(EngineDied):
+            asked()
+    for thread in engine.sampling:
+        await asyncio.to_thread(thread.join, 10)
+        assert not thread.is_alive()
+    assert not children()
+
+
+def test_a_dead_engine_says_so(bundle, quiet):
     """An error in a step ends the engine: those who wait are told, and the health check too."""
 
     async def run():
-        engine = Engine(bundle)
-        threading.excepthook = lambda args: None
+        engine = Engine(bundle, EngineConfig(lanes=1))
         broken = canvas(bundle)
         broken.tokens = torch.zeros(3, 3, dtype=torch.long)  # a grid that the network refuses
         (event,) = await all_of(engine.submit([task(bundle, make=lambda bundle: broken)]))
         assert isinstance(event.error, EngineDied)
-        with pytest.raises(EngineDied):
-            engine.check()
-        with pytest.raises(EngineDied):
-            engine.submit([task(bundle)])
-        for thread in engine.sampling:
-            await asyncio.to_thread(thread.join, 10)
-            assert not thread.is_alive()
+        await assert_dead(engine)
 
-    hook = threading.excepthook
-    try:
-        asyncio.run(run())
-    finally:
-        threading.excepthook = hook
+    asyncio.run(run())
+
+
+def test_an_engine_dies_with_the_process_of_a_lane(bundle, quiet):
+    async def run():
+        engine = Engine(bundle, EngineConfig(lanes=2))
+        await engine.ready()
+        tickets = [engine.submit([task(bundle, seed=seed, steps=1000)]) for seed in range(2)]
+        while len(engine.trace) < 20:
+            await asyncio.sleep(0.01)
+        children()[0].kill()
+        for (event,) in await asyncio.gather(*map(all_of, tickets)):
+            assert isinstance(event.error, EngineDied) and "exit code -9" in str(event.error)
+        await assert_dead(engine)
+
+    asyncio.run(asyncio.wait_for(run(), 60))

@@ -1,0 +1,93 @@
+"""Steps of a small model on a CPU in a process of their own: `python -m serve.lanes FD`, which a `StepProcess` starts.
+
+Two threads of one process that step a small model hand Python's lock to each other some forty times a step, and one of them
+sleeps each time: they make little more than half of what two processes do. What a step needs of a canvas goes over once; from
+then on its tokens and its step do, a few kilobytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+
+import torch
+
+from paella.sampler import Canvas, step
+from paella.unet import Paella
+from paella.vqgan import Codebook
+
+
+class StepProcess:
+    """`step()` of one model on a CPU by one thread of another process, which ends with this one.
+
+    Example:
+        >>> take_step = StepProcess(bundle.unet, bundle.vqgan.vquantizer)  # returns once the process has the model
+        >>> take_step(canvases)
+        >>> take_step.close()
+    """
+
+    def __init__(self, unet: Paella, codebook: Codebook) -> None:
+        self.pipe, theirs = Pipe()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "serve.lanes", str(theirs.fileno())],
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # a Ctrl-C is for this process, which closes the other one when it is ready
+            )
+        self.there: list[Canvas] = []  # those of the last call, which the other process has too
+        self._ask((unet, codebook))
+
+    def __call__(self, canvases: Sequence[Canvas]) -> None:
+        """Take each canvas one step further. Raises RuntimeError if the process has ended."""
+        place_of = {id(canvas): place for place, canvas in enumerate(self.there)}
+        places = [place_of.get(id(canvas)) for canvas in canvases]
+        new = [dataclasses.replace(canvas) for canvas in canvases if id(canvas) not in place_of]
+        now = [(canvas.tokens.numpy(), canvas.step) for canvas in canvases]
+        for canvas, (tokens, prediction) in zip(canvases, self._ask((places, new, now)), strict=True):
+            canvas.tokens, canvas.prediction = torch.from_numpy(tokens), torch.from_numpy(prediction)
+            canvas.step += 1
+        self.there = list(canvases)
+
+    def _ask(self, question: object) -> list:
+        try:
+            self.pipe.send_bytes(pickle.dumps(question, pickle.HIGHEST_PROTOCOL))
+            return pickle.loads(self.pipe.recv_bytes())
+        except (EOFError, OSError) as error:
+            raise RuntimeError(f"the process of a lane has ended with exit code {self.process.wait()}") from error
+
+    def close(self) -> None:
+        """End the process."""
+        self.pipe.close()
+        self.process.wait()
+
+
+@torch.inference_mode()
+def main(descriptor: int) -> None:
+    """Step what comes, until the other end closes or its process dies."""
+    torch.set_num_threads(1)  # as in the engine: in float32 another number rounds otherwise
+    with Connection(descriptor) as pipe, contextlib.suppress(EOFError, OSError):
+        unet, codebook = pickle.loads(pipe.recv_bytes())
+        pipe.send_bytes(pickle.dumps([]))
+        canvases: list[Canvas] = []
+        while True:
+            places, new, now = pickle.loads(pipe.recv_bytes())
+            arrivals = iter(new)
+            canvases = [next(arrivals) if place is None else canvases[place] for place in places]
+            for canvas, (tokens, number) in zip(canvases, now, strict=True):
+                canvas.tokens, canvas.step = torch.from_numpy(tokens), number
+            step(unet, canvases, codebook=codebook)
+            made = [(canvas.tokens.numpy(), canvas.prediction.numpy()) for canvas in canvases]
+            pipe.send_bytes(pickle.dumps(made, pickle.HIGHEST_PROTOCOL))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
