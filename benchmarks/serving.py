@@ -215,6 +215,15 @@ async def open_loop(rate: float, seconds: float, side: int) -> list[tuple[float,
         return await asyncio.gather(*tasks)
 
 
+def steps_of_late(seconds: float) -> dict[str, float]:
+    """What the engine's trace says of its last seconds: how many images a step had, and how long it took."""
+    rows = ray_serve.get_deployment_handle("engine-model", "paella").trace.remote().result()
+    rows = [row for row in rows if row["at"] > rows[-1]["at"] - seconds]
+    images, took = [len(row["images"]) for row in rows], [row["seconds"] for row in rows]
+    at_most, step_s = max(row["running"] for row in rows), statistics.median(took)
+    return {"steps": len(rows), "images_of_a_lane_p50": statistics.median(images), "batch_max": at_most, "step_s_p50": step_s}
+
+
 def summary(latencies: list[tuple[float, float]], elapsed: float) -> dict[str, float]:
     ordered = sorted(took for took, _ in latencies)
     p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
@@ -245,10 +254,10 @@ def loaded(model: str) -> Bundle:
     return load_bundle(model, "cuda" if on_gpu else "cpu", torch.bfloat16 if on_gpu else torch.float32)
 
 
-def alone(function: Callable[[str, float], float], model: str, seconds: float) -> float:
-    """What a function gives in a process of its own: threads that another one left behind would slow it down."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        return process.submit(function, model, seconds).result()
+def alone(function: Callable[[str, float], float], model: str, seconds: float, number: int = 1) -> float:
+    """What a function gives in a process of its own, where no thread is left behind by another; the mean of several at once."""
+    with ProcessPoolExecutor(number, get_context("spawn")) as processes:
+        return statistics.mean([*processes.map(function, [model] * number, [seconds] * number)])
 
 
 def engine_alone(model: str, seconds: float) -> float:
@@ -298,6 +307,8 @@ def main() -> None:
         for function in [library, engine_alone] * (arguments.rounds + 1):
             taken[function.__name__].append(alone(function, model, seconds / 4))
         single = {name: statistics.median(seconds_of) for name, seconds_of in taken.items()}
+        if not torch.cuda.is_available():  # what no engine on two cores can be better than
+            single["library_beside_another"] = alone(library, model, seconds, number=2)
         print(json.dumps(single), flush=True)
         results: dict[str, dict[str, dict[str, float]]] = {}
         came: dict[str, list[tuple[float, float]]] = {}  # in the open loops of all rounds
@@ -310,6 +321,8 @@ def main() -> None:
                 for clients in [*arguments.clients, *[1] * (name == "ours")] if number == 0 else []:
                     runs[f"closed {clients}"] = asyncio.run(closed_loop(clients, seconds, side))
                     print(f"{name}, {clients} clients: {json.dumps(runs[f'closed {clients}'])}", flush=True)
+                    if name == "ours":
+                        print(f"    {json.dumps(steps_of_late(seconds))}", flush=True)
                 rate = rate or 0.7 * max(run["images_per_s"] for run in runs.values())
                 if name != "one at a time":  # which could not keep up
                     began = time.perf_counter()
@@ -326,6 +339,8 @@ def report(alone: dict[str, float], results: dict[str, dict[str, dict[str, float
         for load, run in runs.items():
             print(f"{name:16} {load:>12} {run['images_per_s']:9.2f} {run['p50_s']:8.3f} {run['p99_s']:8.3f}")
     ratios = {"engine_speed_of_library_at_concurrency_1": alone["library"] / alone["engine_alone"]}
+    if beside := alone.get("library_beside_another"):
+        ratios["throughput_of_two_libraries_of_one"] = 2 * alone["library"] / beside
     if (ours := results.get("ours")) is not None:
         ratios["http_and_ray_ms"] = 1000 * ours["closed 1"]["outside_engine_s"]
         most = max((load for load in ours if load.startswith("closed")), key=lambda load: int(load.split()[1]))
