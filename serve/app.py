@@ -49,7 +49,7 @@ class Arguments(BaseModel):
     """Images per replica in one step at most."""
     min_batch_images: int = Field(default=2, ge=1)
     lanes: int = Field(default=2, ge=1)
-    """Passes of a small model side by side on a CPU."""
+    """Passes of a small model side by side on a CPU; each after the first takes a process of its own, of 350 MB."""
     num_cpus: float = Field(default=1, ge=0)
     num_gpus: float | None = Field(default=None, ge=0)
     """Per replica; by default 1 where the cluster has GPUs."""

@@ -85,7 +85,7 @@ def ended(process):
         return True
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_it_ends_with_the_process_that_started_it(clip_bundle, number):
     with subprocess.Popen(
         [sys.executable, "-c", OWNER, clip_bundle], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
