@@ -20,6 +20,8 @@ import asyncio
 import contextlib
 import functools
 import itertools
+import os
+import sys
 import threading
 import time
 from collections import deque
@@ -37,7 +39,7 @@ from paella.cuda_graphs import GraphedUnet
 from paella.sampler import Canvas, Predictor, SamplingConfig, step
 from paella.step_scheduler import StepScheduler, num_tokens
 from serve.knee import Knee
-from serve.lanes import StepProcess
+from serve.lanes import NICENESS, StepProcess
 
 MAX_PREVIEWS_BEHIND = 8
 """Previews are left out while more pictures than this wait to be decoded."""
@@ -288,6 +290,8 @@ class Engine:
 
     def _sample(self, lane: int) -> None:
         torch.set_num_threads(self.threads)  # here as in the pools: in float32 another number rounds otherwise
+        if self.device.type == "cpu" and sys.platform == "linux":  # where a thread has a niceness of its own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         try:
             with self._steps_of(lane) as take_step:
                 with self.turn:

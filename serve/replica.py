@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import sys
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -21,6 +22,10 @@ from serve.engine import DeadlineExceeded, Draining, Engine, EngineConfig, Engin
 from serve.modes import Order, Plan, input_tokens, plan
 from serve.observability import EngineMetrics, tracer
 from serve.schemas import ApiError
+
+SWITCH_S = 0.0005
+"""How long a thread may keep Python's lock while others want it. An order passes from thread to thread several times before it is
+taken in or turned away, and each time may wait as long for the thread that samples; Python's own 5 ms add up."""
 
 log = logging.getLogger("ray.serve")
 
@@ -50,6 +55,7 @@ class Generator:
     """One model on one device. Sampling runs on the engine's threads, so that the replica always answers."""
 
     def __init__(self) -> None:
+        sys.setswitchinterval(SWITCH_S)
         self.engine: Engine | None = None
         self.settings: EngineSettings | None = None
         self.closing: set[asyncio.Task] = set()
