@@ -39,8 +39,10 @@ from paella.cuda_graphs import GraphedUnet
 from paella.sampler import Canvas, Predictor, SamplingConfig, step
 from paella.step_scheduler import StepScheduler, num_tokens
 from serve.knee import Knee
-from serve.lanes import NICENESS, StepProcess
+from serve.lanes import StepProcess
 
+NICENESS = 10
+"""Of what steps on a CPU: who wants to be let in, or turned away, need not wait for a step."""
 MAX_PREVIEWS_BEHIND = 8
 """Previews are left out while more pictures than this wait to be decoded."""
 
@@ -290,7 +292,9 @@ class Engine:
 
     def _sample(self, lane: int) -> None:
         torch.set_num_threads(self.threads)  # here as in the pools: in float32 another number rounds otherwise
-        if self.device.type == "cpu" and sys.platform == "linux":  # where a thread has a niceness of its own
+        if (
+            self.device.type == "cpu" and sys.platform == "linux"
+        ):  # where a thread has its own, and so its process
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         try:
             with self._steps_of(lane) as take_step:

@@ -26,9 +26,6 @@ from paella.sampler import Canvas, step
 from paella.unet import Paella
 from paella.vqgan import Codebook
 
-NICENESS = 10
-"""Of what steps on a CPU: who wants to be let in, or turned away, need not wait for a step."""
-
 
 class StepProcess:
     """`step()` of one model on a CPU by one thread of another process, which ends with this one.
@@ -94,7 +91,6 @@ def _pickled(value: object) -> memoryview:
 def main(descriptor: int) -> None:
     """Step what comes, until the other end closes or its process dies."""
     torch.set_num_threads(1)  # as in the engine: in float32 another number rounds otherwise
-    os.nice(NICENESS)
     with Connection(descriptor) as pipe, contextlib.suppress(EOFError, OSError):
         unet, codebook = pickle.loads(pipe.recv_bytes())
         pipe.send_bytes(_pickled([]))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from paella.blocks import PointwiseConv2d, linear
+from paella.blocks import PointwiseConv2d, ResBlock, linear
 from paella.config import PRESETS
 from paella.unet import Paella
 
@@ -36,6 +36,12 @@ def test_a_pointwise_convolution_is_one(one_thread, bias, memory_format):
     torch.testing.assert_close(layer(x), expected)
     layer(x).sum().backward()
     assert layer.weight.grad is not None and layer.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("width", [5, 6])
+def test_the_convolution_over_a_skip_connection_is_one_of_groups_of_two(width):
+    block, x, skip = ResBlock(width, width, 3, 0.0), torch.randn(2, width, 4, 7), torch.randn(2, width, 4, 7)
+    torch.testing.assert_close(block._depthwise_of_both(x, skip), block.depthwise(torch.cat([x, skip], dim=1)))
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")

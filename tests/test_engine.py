@@ -14,7 +14,7 @@ from paella import edits
 from paella.bundle import load_bundle
 from paella.sampler import SamplingConfig, sample, step
 from paella.step_scheduler import StepScheduler
-from serve.engine import DeadlineExceeded, Draining, Engine, EngineConfig, EngineDied, QueueFull, Task, preview_steps
+from serve.engine import NICENESS, DeadlineExceeded, Draining, Engine, EngineConfig, EngineDied, QueueFull, Task, preview_steps
 from serve.knee import Knee
 
 
@@ -51,7 +51,7 @@ def with_engine(bundle, run, lanes=1, **config):
         engine = Engine(bundle, EngineConfig(lanes=lanes, **config))
         try:
             await engine.ready()
-            assert len(children()) == lanes - 1
+            assert [process.nice() for process in children()] == [NICENESS] * (lanes - 1)  # as the thread that started it
             return await asyncio.wait_for(run(engine), 120)
         finally:
             await asyncio.wait_for(engine.close(), 60)
