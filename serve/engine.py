@@ -292,9 +292,7 @@ class Engine:
 
     def _sample(self, lane: int) -> None:
         torch.set_num_threads(self.threads)  # here as in the pools: in float32 another number rounds otherwise
-        if (
-            self.device.type == "cpu" and sys.platform == "linux"
-        ):  # where a thread has its own, and so its process
+        if self.device.type == "cpu" and sys.platform == "linux":  # where a thread has its own, and so its process
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         try:
             with self._steps_of(lane) as take_step:
