@@ -42,7 +42,8 @@ from serve.knee import Knee
 from serve.lanes import StepProcess
 
 NICENESS = 10
-"""Of what steps on a CPU: who wants to be let in, or turned away, need not wait for a step."""
+"""How much nicer steps on a CPU are than all else: who wants to be let in, or turned away, need not wait for one. It is added to
+what the process has, which is 15 in a worker of Ray's, and may only grow."""
 MAX_PREVIEWS_BEHIND = 8
 """Previews are left out while more pictures than this wait to be decoded."""
 
@@ -186,6 +187,7 @@ class Engine:
         self.scheduler = StepScheduler(self.knee.low)
         self.trace: deque[dict[str, Any]] = deque(maxlen=10_000)
         self.images: set[_Image] = set()  # all that are not over
+        self.planned = 0  # images that there is room for, and no task yet
         self.lock = threading.Lock()  # of what `submit` and the ends of images change
         self.turn = threading.Condition()  # of what the lanes share: scheduler, knee, trace and these four
         self.by_canvas: dict[int, _Image] = {}
@@ -214,14 +216,27 @@ class Engine:
             self.check()
             await asyncio.sleep(0.02)
 
-    def submit(self, tasks: Sequence[Task]) -> Ticket:
-        """Take a request's images in, all or none. Raises QueueFull, Draining or EngineDied."""
+    @contextlib.contextmanager
+    def room_for(self, images: int) -> Iterator[None]:
+        """Keep places for images while their tasks are planned; `submit` those before anything is awaited. Raises as it does."""
+        self._require_room(images)
+        self.planned += images
+        try:
+            yield
+        finally:
+            self.planned -= images
+
+    def _require_room(self, images: int) -> None:
         self.check()
         if self.draining:
             raise Draining
+        if self.queued + self.planned + images > self.config.max_queued_images:
+            raise QueueFull(self.wait_s())
+
+    def submit(self, tasks: Sequence[Task]) -> Ticket:
+        """Take a request's images in, all or none. Raises QueueFull, Draining or EngineDied."""
         with self.lock:
-            if self.queued + len(tasks) > self.config.max_queued_images:
-                raise QueueFull(self.wait_s())
+            self._require_room(len(tasks))
             ticket = Ticket(asyncio.get_running_loop(), len(tasks))
             images = [
                 _Image(task, index, ticket, submitted=time.monotonic(), previews=preview_steps(task.steps, task.num_previews))
@@ -292,8 +307,8 @@ class Engine:
 
     def _sample(self, lane: int) -> None:
         torch.set_num_threads(self.threads)  # here as in the pools: in float32 another number rounds otherwise
-        if self.device.type == "cpu" and sys.platform == "linux":  # where a thread has its own, and so its process
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        if self.device.type == "cpu" and sys.platform == "linux":  # where a thread has its own, which its process begins with
+            os.nice(NICENESS)
         try:
             with self._steps_of(lane) as take_step:
                 with self.turn:

@@ -5,11 +5,13 @@ Images are never decoded here, and no engine is asked before a request is known 
 # No `from __future__ import annotations` here: FastAPI must see the types of the ingress's methods, not their names.
 
 import asyncio
+import contextlib
 import ipaddress
 import json
 import os
 import secrets
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -91,6 +93,12 @@ async def _authorized(request: Request) -> None:
         raise ApiError(403, "permission_denied", "this server has no API keys, so only its own machine may use it")
 
 
+async def _ending(request: Request) -> AsyncIterator[None]:
+    """`request.state.ends`: what ends when the last byte of the answer is sent, or the client is gone."""
+    with contextlib.ExitStack() as request.state.ends:
+        yield
+
+
 def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -128,6 +136,7 @@ PICTURES: dict[int | str, dict[str, Any]] = {
 }
 PLAIN = _errors(401, 403, 404, 500, 503)
 KEYED = [Depends(_authorized)]
+ORDER = [*KEYED, Depends(_ending)]
 
 
 def _body(model: type[ImageRequest], form: bool = True) -> dict[str, Any]:
@@ -212,7 +221,7 @@ async def _describe(handle: DeploymentHandle) -> dict[str, Any]:
 
 @ray_serve.ingress(api)
 class Ingress:
-    """One per node or more; holds nothing but handles, and for a moment which of them are full."""
+    """One per node or more; holds nothing but handles, and how many images are under way to each."""
 
     def __init__(self, engines: dict[str, DeploymentHandle], default: str, timeout_s: float) -> None:
         self.engines, self.default, self.timeout_s = engines, default, timeout_s
@@ -261,7 +270,7 @@ class Ingress:
 
     @api.post(
         "/v1/images/generations",
-        dependencies=KEYED,
+        dependencies=ORDER,
         responses=PICTURES,
         response_model=None,
         openapi_extra=_body(GenerationRequest, form=False),
@@ -269,13 +278,13 @@ class Ingress:
     async def generations(self, request: Request) -> Response:
         return await self._answer(request, await _parsed(request, GenerationRequest, form=False), "image_generation")
 
-    @api.post("/v1/images/edits", dependencies=KEYED, responses=PICTURES, response_model=None, openapi_extra=_body(EditRequest))
+    @api.post("/v1/images/edits", dependencies=ORDER, responses=PICTURES, response_model=None, openapi_extra=_body(EditRequest))
     async def edits(self, request: Request) -> Response:
         return await self._answer(request, await _parsed(request, EditRequest), "image_edit")
 
     @api.post(
         "/v1/images/variations",
-        dependencies=KEYED,
+        dependencies=ORDER,
         responses=PICTURES,
         response_model=None,
         openapi_extra=_body(VariationRequest),
@@ -316,11 +325,13 @@ class Ingress:
             if raw and (order.num_images != 1 or body.output_format != "png"):
                 raise ApiError(400, "invalid_value", "Accept: image/png is for one PNG image", "n")
             call = Call(self.sight, name, handle, order, kind)
-            if (refusal := self.refusals.of(name, order.num_images)) is not None:
-                raise call.refused(refusal)
+            try:
+                request.state.ends.enter_context(self.refusals.under_way_with(name, order.num_images))
+            except ApiError as error:
+                raise call.refused(error) from None
             try:
                 return await (call.streamed() if body.stream else call.whole(raw))
             except ApiError as error:
                 if error.code == "queue_full":
-                    self.refusals.add(name, order.num_images, error)
+                    self.refusals.add(name, error)
                 raise

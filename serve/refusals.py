@@ -1,37 +1,46 @@
-"""Turning away at the edge what the engine has just turned away: a flood must not take the CPU that pictures are made on."""
+"""Turning away at the edge what the engine would turn away: a flood must not take the CPU that pictures are made on."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 
 from serve.schemas import ApiError
 
-SHARE_OF_WAIT = 0.1
-"""How long an engine is not asked again, as a share of the time in which it will have done all that it holds: so little of its
-queue is empty then that it never runs out of images."""
-MAX_S = 1.0
-"""The longest time for which it is not asked."""
+GROWTH_PER_S = 0.02
+"""By how much more is let through with each second since the engine refused something: a full one is asked less than once in a
+second, and one that has more room by now, for its new replicas or for want of other ingresses, is soon found to have it."""
 
 
 class Refusals:
-    """Models whose queue was full a moment ago, as one ingress has seen them.
+    """Images under way through one ingress, and how many there were when the engine had no room for more.
 
-    Of several replicas any will do: orders go to the emptier of two, so that where one is full the others nearly are.
+    What of them has come to its end leaves room for as much, so that the engine need not be asked in order to know.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
-        self.latest: dict[str, tuple[float, int, ApiError]] = {}
-        """By model: until when, from how many images on, with what."""
+        self.under_way: Counter[str] = Counter()
+        """Images by model."""
+        self.full: dict[str, tuple[int, float, ApiError]] = {}
+        """By model: how many images are too many, since when, and what the engine said of it."""
 
-    def add(self, model: str, images: int, error: ApiError) -> None:
-        """The engine had no room for an order of so many images."""
-        seconds = min(MAX_S, SHARE_OF_WAIT * (error.retry_after_s or 0.0))
-        self.latest[model] = (self.clock() + seconds, images, error)
+    @contextlib.contextmanager
+    def under_way_with(self, model: str, images: int) -> Iterator[None]:
+        """Count an order's images until its answer has been sent. Raises ApiError where they are too many."""
+        too_many, since, error = self.full.get(model, (0, 0.0, None))
+        by_now = int(too_many * (1 + GROWTH_PER_S * (self.clock() - since)))
+        if error is not None and self.under_way[model] + images >= by_now:
+            raise copy.copy(error)  # each is raised once
+        self.under_way[model] += images
+        try:
+            yield
+        finally:
+            self.under_way[model] -= images
 
-    def of(self, model: str, images: int) -> ApiError | None:
-        """What an order of as many images or fewer got a moment ago."""
-        until, refused, error = self.latest.get(model, (0.0, 0, None))
-        return copy.copy(error) if images >= refused and self.clock() < until else None  # raised once each
+    def add(self, model: str, error: ApiError) -> None:
+        """The engine had no room for one of the orders that are under way."""
+        self.full[model] = self.under_way[model], self.clock(), error

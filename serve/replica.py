@@ -149,9 +149,8 @@ class Generator:
             span.set_attribute("paella.mode", order.mode)
             open_images, ticket = order.num_images, None
             try:
-                if engine.queued + order.num_images > engine.config.max_queued_images:  # before any image is decoded
-                    raise QueueFull(engine.wait_s())
-                planned: Plan = await asyncio.wrap_future(engine.preparing.submit(plan, engine.bundle, order))
+                with engine.room_for(order.num_images):  # before any image is decoded
+                    planned: Plan = await asyncio.wrap_future(engine.preparing.submit(plan, engine.bundle, order))
                 ticket = engine.submit(planned.tasks)
                 yield self._accepted(order, planned, engine.bundle.digest)
                 async for event in ticket:
