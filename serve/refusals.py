@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from serve.schemas import ApiError
 
 GROWTH_PER_S = 0.02
-"""By how much more is let through with each second since the engine refused something: a full one is asked less than once in a
-second, and one that has more room by now, for its new replicas or for want of other ingresses, is soon found to have it."""
+"""By how much more, and by one image at least, is let through with each second since the engine refused something: a full one is
+asked about once in a second, and one that has more room by now, for new replicas or want of other ingresses, is soon found to."""
 
 
 class Refusals:
@@ -32,7 +32,7 @@ class Refusals:
     def under_way_with(self, model: str, images: int) -> Iterator[None]:
         """Count an order's images until its answer has been sent. Raises ApiError where they are too many."""
         too_many, since, error = self.full.get(model, (0, 0.0, None))
-        by_now = int(too_many * (1 + GROWTH_PER_S * (self.clock() - since)))
+        by_now = too_many + int(max(1.0, GROWTH_PER_S * too_many) * (self.clock() - since))
         if error is not None and self.under_way[model] + images >= by_now:
             raise copy.copy(error)  # each is raised once
         self.under_way[model] += images

@@ -83,3 +83,11 @@ def test_an_order_that_fails_leaves_its_place(refusals):
     with pytest.raises(ZeroDivisionError), refusals.under_way_with("tiny", 1):
         1 / 0  # noqa: B018
     assert not refused(refusals, 1)
+
+
+def test_an_ingress_that_had_nothing_under_way_is_not_shut_out(refusals, clock):
+    """The engine was full of what came by another one."""
+    filled(refusals, 0)
+    assert refused(refusals, 1)
+    clock.now = 101.01
+    assert not refused(refusals, 1)
