@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paella import codebook
@@ -43,8 +44,7 @@ class Trained(nn.Module):
         if not config.encoder_context:
             if config.init is None:
                 leave_out_encoder_context(vqgan)
-            for block in encoder_blocks(vqgan):
-                block.depthwise.requires_grad_(False)
+            freeze_encoder_context(vqgan)
         if config.codebook_update == "ema":
             vqgan.vquantizer.requires_grad_(False)
         if config.train == "decoder":
@@ -62,12 +62,32 @@ def encoder_blocks(model: VQModel) -> Iterable[VQResBlock]:
     return [block for block in model.down_blocks.children() if isinstance(block, VQResBlock)]
 
 
+def encoder_strides(model: VQModel) -> Iterable[nn.Conv2d]:
+    """The encoder's 4×4 convolutions of stride 2, whose outer ring reads the neighbours' pixels."""
+    return [module for module in model.down_blocks.children() if isinstance(module, nn.Conv2d)]
+
+
 @torch.no_grad()
 def leave_out_encoder_context(model: VQModel) -> None:
-    """Set the encoder's depthwise convolutions to zero, for good."""
+    """Set to zero whatever lets a token see more than its own pixels."""
     for block in encoder_blocks(model):
         for parameter in block.depthwise.parameters():
-            parameter.zero_().requires_grad_(False)
+            parameter.zero_()
+    for stride in encoder_strides(model):
+        stride.weight.copy_(2 * without_ring(stride.weight))  # a quarter of the inputs is left: the outputs keep their size
+
+
+def freeze_encoder_context(model: VQModel) -> None:
+    """Keep what lets a token see more than its own pixels from being trained."""
+    for block in encoder_blocks(model):
+        block.depthwise.requires_grad_(False)
+    for stride in encoder_strides(model):
+        stride.weight.register_hook(without_ring)
+
+
+def without_ring(kernels: Tensor) -> Tensor:
+    """Kernels (D,C,4,4) with zeros all around their inner 2×2."""
+    return F.pad(kernels[:, :, 1:-1, 1:-1], (1, 1, 1, 1))
 
 
 class Step:
