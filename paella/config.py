@@ -71,6 +71,11 @@ class PaellaConfig(_Config):
     """Dropout in the convolution and attention blocks."""
     self_attn: bool = True
     """Whether attention sees the image's own positions besides the conditioning tokens."""
+    leave_one_out: bool = False
+    """Predict each token from the others; what stands there is added by Bayes' rule (arXiv 2605.22765)."""
+    position_grid: int = 0
+    """Side of the grid of learned position embeddings that is added to the token embedding; 0: none. Best is the side of the
+    training images' token grid divided by patch_size: to any other grid the embeddings are stretched, bilinearly."""
 
     def __post_init__(self) -> None:
         for name in ("c_hidden", "nhead", "blocks", "level_config"):
@@ -88,6 +93,7 @@ class PaellaConfig(_Config):
         require(self.c_r >= 4, "c_r", self.c_r, "an integer of at least 4")
         require(self.kernel_size % 2 == 1, "kernel_size", self.kernel_size, "an odd integer")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "a number in [0, 1)")
+        require(self.position_grid >= 0, "position_grid", self.position_grid, "an integer of at least 0")
         for width, heads, group in zip(self.c_hidden, self.nhead, self.level_config, strict=True):
             require(bool(group) and set(group) <= set("CTA"), "level_config", group, "letters of C, T and A")
             require(

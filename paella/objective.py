@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MIN_NOISE = 1e-3
+"""Noise level that stands for all below it where a token's own logit grows: at 0 it would be infinite."""
+
 
 def add_noise(
     tokens: Tensor,
@@ -49,3 +52,28 @@ def loss_per_image(logits: Tensor, tokens: Tensor, weight: Tensor, label_smoothi
     """Weighted mean cross-entropy of each image: logits (B,K,H,W), tokens and weight (B,H,W) → (B,)."""
     per_token = F.cross_entropy(logits, tokens, label_smoothing=label_smoothing, reduction="none")
     return (per_token * weight).sum((1, 2)) / weight.sum((1, 2))
+
+
+def add_own_token(logits: Tensor, tokens: Tensor, t: Tensor) -> Tensor:
+    """Turn a prediction of each token from the others into one from all, by Bayes' rule (leave-one-out, arXiv 2605.22765).
+
+    Uniform noise leaves a token as it is with probability 1 − t + t/K and makes it any one other with t/K. So the logit of the
+    code that stands at a position grows by the logarithm of their ratio, log1p(K·(1 − t)/t); the other codes' stay as they are.
+    That term depends on no condition: it is the same in all logits that guidance and regions mix, and so in their mixture.
+
+    Args:
+        logits: (B,K,…) of the clean token given the others. Written over, except in compiled code.
+        tokens: (B,…) noised tokens.
+        t: (B,) noise level in [0, 1].
+
+    Returns:
+        logits (B,K,…) of the clean token given all. Their gradient is that of the logits given.
+    """
+    level = t.float().clamp(min=MIN_NOISE).view(-1, *[1] * (logits.ndim - 1))  # (B,1,…)
+    gain = torch.log1p(logits.shape[1] * (1 - level) / level).to(logits.dtype)
+    own = tokens[:, None].long()  # (B,1,…)
+    if torch.compiler.is_compiling():  # joins what reads the logits, where a scatter would have them written once more
+        codes = torch.arange(logits.shape[1], device=logits.device).view(-1, *[1] * (tokens.ndim - 1))  # (K,…)
+        return torch.where(codes == own, logits + gain, logits)
+    logits.detach().scatter_add_(1, own, gain.expand(own.shape))  # a constant: autograd need not know of it
+    return logits

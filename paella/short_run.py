@@ -26,6 +26,8 @@ KERNEL_WIDTH = 0.4
 """Distance at which codes stop being alike, as a share of the median distance of two codes."""
 TEXT_GAIN = 4.0
 """On attention's values: an average over some seventy bytes is much quieter than any one of them."""
+POSITION_STD = 0.3
+"""Of the first position embeddings, beside a token embedding of variance 1: places are told apart from the start."""
 HEAD_SLOPES = ((1.0, 0), (0.5, -1), (0.5, 1), (0.15, -1), (0.15, 1), (0.04, -1), (0.04, 1), (0.0, 0))
 """Loss of attention per byte of distance, and the side looked at (-1 before, 1 behind, 0 both); repeated over the heads."""
 OTHER_SIDE = 8.0
@@ -34,7 +36,10 @@ OTHER_SIDE = 8.0
 
 @torch.no_grad()
 def initialise_unet(unet: Paella, codebook: Tensor) -> None:
-    """Set the U-Net's way in, way out and attention values in place; codebook is the VQGAN's, (K,D)."""
+    """Set the U-Net's way in, way out, attention values and positions in place; codebook is the VQGAN's, (K,D).
+
+    Of a leave-one-out U-Net the way out starts from zero: to say a token again is what it must not learn.
+    """
     codes, fold, unfold, classifier = unet.in_mapper[0], unet.embedding[1], unet.clf[1], unet.out_mapper[1]
     assert isinstance(codes, nn.Embedding) and isinstance(fold, nn.Conv2d)
     assert isinstance(unfold, nn.Conv2d) and isinstance(classifier, nn.Conv2d)
@@ -46,6 +51,10 @@ def initialise_unet(unet: Paella, codebook: Tensor) -> None:
         # out is in's transpose: what is left of a token after the levels points at its own logit
         codes.weight.copy_(classifier.weight[:, :, 0, 0])
         unfold.weight.copy_(fold.weight.transpose(0, 1))
+    if unet.config.leave_one_out:
+        nn.init.zeros_(unfold.weight)
+    if unet.positions is not None:
+        nn.init.normal_(unet.positions, std=POSITION_STD)
     # a constant part of the input lets the zero padding of convolutions mark the borders. Tokens at t = 1 have no mean, so
     # that without it positions look alike until training has found such a constant
     assert fold.bias is not None

@@ -23,7 +23,7 @@ from paella.conditioning import TextEncoders
 from paella.config import ModelConfig
 from paella.lora import PREFIX as ADAPTER_PREFIX
 from paella.muon import Muon
-from paella.objective import add_noise, loss_weight
+from paella.objective import add_noise, add_own_token, loss_weight
 from paella.prior import PriorBlock
 from paella.unet import Paella
 
@@ -119,7 +119,8 @@ class TextToTokens(nn.Module):
 
     def forward(self, *inputs: Any) -> Tensor:
         """Logits (B,K,H,W) of the inputs of `_features`."""
-        return self.unet.out_mapper(self._features(*inputs))
+        tokens, t, *_ = inputs
+        return self.unet.logits(self._features(*inputs), tokens, t)
 
     def losses(
         self, targets: Tensor, *inputs: Any, label_smoothing: float, chunk: int | None = None, compiled: bool = False
@@ -135,9 +136,12 @@ class TextToTokens(nn.Module):
         rows = features.permute(0, 2, 3, 1).flatten(0, 2)  # (B·H·W,c_out), a view
         if chunk is not None:
             of_tokens = functools.partial(checkpoint, of_tokens, use_reentrant=False)
-        size = chunk or len(rows)
-        pieces = zip(rows.split(size), targets.flatten().split(size), strict=True)
-        parts = [of_tokens(self.unet.out_mapper, *piece, label_smoothing) for piece in pieces]
+        of_rows = [rows, targets.flatten()]
+        if self.config.leave_one_out:
+            tokens, t, *_ = inputs
+            of_rows += [tokens.flatten(), t[:, None, None].expand_as(tokens).flatten()]
+        pieces = zip(*(values.split(chunk or len(rows)) for values in of_rows), strict=True)
+        parts = [of_tokens(self.unet.out_mapper, label_smoothing, *piece) for piece in pieces]
         losses, right = (torch.cat(values) for values in zip(*parts, strict=True))
         return losses, right
 
@@ -166,8 +170,18 @@ class TextToTokens(nn.Module):
         return self.unet.features(tokens, t, byt5=states, byt5_mask=mask, clip=clip, clip_image=clip_image)
 
 
-def _token_losses(out_mapper: nn.Sequential, features: Tensor, targets: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and whether the likeliest code is right, of tokens with features (N,C) and targets (N,): both (N,)."""
+def _token_losses(
+    out_mapper: nn.Sequential,
+    label_smoothing: float,
+    features: Tensor,
+    targets: Tensor,
+    tokens: Tensor | None = None,
+    t: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and whether the likeliest code is right, of tokens with features (N,C) and targets (N,): both (N,).
+
+    Where the features are of the other positions alone, the noised tokens (N,) and their noise levels (N,) are needed as well.
+    """
     norm, classifier = out_mapper[0], out_mapper[1]
     columns = norm(features.T[None, :, :, None])  # (1,C,N,1), the features being channels-last as they are
     if features.is_cuda:  # whose convolution would write the logits the other way round
@@ -175,6 +189,8 @@ def _token_losses(out_mapper: nn.Sequential, features: Tensor, targets: Tensor, 
     else:
         logits = classifier(columns)[0, :, :, 0].T
     logits = logits.float()  # (N,K), a view where the logits are float32: softmax is fast over the last axis
+    if tokens is not None and t is not None:
+        logits = add_own_token(logits, tokens, t)
     losses = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")
     return losses, logits.detach().argmax(1) == targets
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from paella.blocks import EPS, AttnBlock, LayerNorm2d, PointwiseConv2d, ResBlock, TimestepBlock, embed_noise_level
 from paella.config import PaellaConfig
+from paella.objective import add_own_token
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class Paella(nn.Module):
             PointwiseConv2d(c.c_in * c.patch_size**2, c.c_hidden[0]),
             LayerNorm2d(),
         )
+        side = c.position_grid
+        self.positions = nn.Parameter(torch.empty(c.c_hidden[0], side, side)) if side else None
         levels = range(len(c.c_hidden))
         self.down_blocks = nn.ModuleList(self._down_level(level) for level in levels)
         self.up_blocks = nn.ModuleList(self._up_level(level) for level in reversed(levels))
@@ -132,6 +135,8 @@ class Paella(nn.Module):
         nn.init.xavier_uniform_(fold.weight, 0.02)
         nn.init.zeros_(unfold.weight)
         nn.init.normal_(codes.weight, std=self.config.num_labels**-0.5)
+        if self.positions is not None:
+            nn.init.normal_(self.positions, std=0.02)
         with torch.no_grad():
             classifier.weight.copy_(codes.weight[:, : self.config.c_out, None, None])
             for module in self.modules():
@@ -196,7 +201,12 @@ class Paella(nn.Module):
 
     def forward(self, tokens: Tensor, t: Tensor, **conditions: Any) -> Tensor:
         """Logits (B,K,H,W) of the clean tokens; arguments and errors as of `features`."""
-        return self.out_mapper(self.features(tokens, t, **conditions))
+        return self.logits(self.features(tokens, t, **conditions), tokens, t)
+
+    def logits(self, features: Tensor, tokens: Tensor, t: Tensor) -> Tensor:
+        """Logits (B,K,H,W) of what `features` returned for tokens and t."""
+        logits = self.out_mapper(features)
+        return add_own_token(logits, tokens, t) if self.config.leave_one_out else logits
 
     def features(
         self,
@@ -210,7 +220,7 @@ class Paella(nn.Module):
         attn_weights: Tensor | None = None,
         prepared: Prepared | None = None,
     ) -> Tensor:
-        """What `out_mapper` turns into logits, position by position.
+        """What `logits` turns into logits, position by position.
 
         Args:
             tokens: (B,H,W) integers below num_labels; H and W multiples of `config.grid_multiple`.
@@ -239,6 +249,8 @@ class Paella(nn.Module):
         else:
             attend = _Attend(None, prepared.mask, None, iter(prepared.keys_values))
         x = self.embedding(self.in_mapper(tokens).permute(0, 3, 1, 2))  # (B,C0,H/p,W/p)
+        if self.positions is not None:
+            x = x + _stretched(self.positions, x.shape[2:])
         x = x.contiguous(memory_format=torch.channels_last)
         r_embed = self.embed_r(t).to(x.dtype)
         skips: list[Tensor] = []
@@ -262,6 +274,16 @@ class Paella(nn.Module):
             else:
                 x = block(x)
         return x
+
+
+def _stretched(positions: Tensor, grid: torch.Size) -> Tensor:
+    """Position embeddings (C,G,G) for a grid (h,w) of the first level: (C,h,w), bilinear where it is another than theirs.
+
+    A place means its share of the width and of the height: the middle of a picture is the middle at any size and aspect.
+    """
+    if positions.shape[1:] == grid:
+        return positions
+    return F.interpolate(positions[None], size=grid, mode="bilinear", align_corners=False)[0]
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ def test_unknown_field_is_named():
         (lambda: PaellaConfig(dropout=1.0), "dropout"),
         (lambda: PaellaConfig(kernel_size=4), "kernel_size"),
         (lambda: PaellaConfig(num_labels=0), "num_labels"),
+        (lambda: PaellaConfig(position_grid=-1), "position_grid"),
         (lambda: VQConfig(codebook_size=70_000), "codebook_size"),
         (lambda: VQConfig(c_hidden=3), "c_hidden"),
         (lambda: VQConfig(scale_factor=0.0), "scale_factor"),

@@ -36,6 +36,7 @@ from paella.unet import Paella, Prepared
 from paella.vqgan import VQModel
 
 FIXTURES = Path(__file__).parent / "fixtures"
+OPTIONS = {"leave_one_out": True, "position_grid": 16}
 NOTHING = Prepared((), None, torch.device("cpu"))  # the conditions of a model that looks at none
 
 
@@ -128,9 +129,10 @@ def test_every_image_has_its_own_randoms():
 
 
 @pytest.fixture(scope="module")
-def bundle() -> Bundle:
+def bundle(request) -> Bundle:
+    """Of `tiny`, with the U-Net's options that a test may give."""
     torch.manual_seed(0)
-    config = PRESETS["tiny"]
+    config = dataclasses.replace(PRESETS["tiny"], unet=dataclasses.replace(PRESETS["tiny"].unet, **getattr(request, "param", {})))
     unet = Paella(config.unet).eval()
     with torch.no_grad():  # zero-initialised weights would hide the conditions
         for value in unet.parameters():
@@ -163,6 +165,7 @@ def requests(bundle: Bundle) -> list[Canvas]:
     return made
 
 
+@pytest.mark.parametrize("bundle", [{}, OPTIONS], indirect=True, ids=["published", "options"])
 def test_images_do_not_depend_on_their_company(bundle):
     alone = [sample(bundle.unet, [canvas])[0] for canvas in requests(bundle)]
     mixed = requests(bundle)
@@ -178,6 +181,7 @@ def test_images_do_not_depend_on_their_company(bundle):
     assert all(torch.equal(canvas.tokens, own) for canvas, own in zip(whole, alone, strict=True))
 
 
+@pytest.mark.parametrize("bundle", [{}, OPTIONS], indirect=True, ids=["published", "options"])
 def test_prompts_do_not_depend_on_their_company(bundle):
     prompts = ["a", "a rather longer prompt than the first", "blue"]
     settings = SamplingConfig(num_inference_steps=4)
@@ -327,12 +331,13 @@ def test_few_shapes_are_recorded_whatever_is_asked_for(bundle, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", [{}, OPTIONS, {"position_grid": 8}], ids=["published", "options", "stretched"])
 @torch.inference_mode()
-def test_graphs_say_what_the_unet_says(monkeypatch):
+def test_graphs_say_what_the_unet_says(monkeypatch, options):
     """Padded rows and texts, several shapes in turn, each replayed with other inputs than it was recorded with."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # which rounds other shapes otherwise
     torch.manual_seed(0)
-    model = Paella(PRESETS["tiny"].unet).eval().cuda()
+    model = Paella(dataclasses.replace(PRESETS["tiny"].unet, **options)).eval().cuda()
     for parameter in model.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.1)

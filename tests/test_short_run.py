@@ -11,11 +11,15 @@ from paella.short_run import LOGIT_STD, code_features, initialise_byt5, initiali
 from paella.unet import Paella
 
 
-def first_logits(config):
+def start_of(config):
     torch.manual_seed(0)
     unet = Paella(config).eval()
     initialise_unet(unet, torch.randn(config.num_labels, 8))
-    tokens = torch.randint(config.num_labels, (2, 16, 16))
+    return unet
+
+
+def first_logits(config):
+    unet, tokens = start_of(config), torch.randint(config.num_labels, (2, 16, 16))
     return unet(tokens, torch.zeros(2), byt5=torch.randn(2, 5, config.byt5_embd))
 
 
@@ -23,6 +27,22 @@ def first_logits(config):
 def test_first_logits_have_a_useful_size(changes):
     logits = first_logits(dataclasses.replace(PRESETS["tiny"].unet, **changes))
     assert 0.7 * LOGIT_STD < logits.std() < 1.4 * LOGIT_STD
+
+
+def test_a_leave_one_out_unet_starts_by_saying_nothing_of_its_own():
+    """Its first logits are zero but for the tokens' own; codes that look alike are told to it as to any other."""
+    config = PRESETS["tiny"].unet
+    logits = first_logits(dataclasses.replace(config, leave_one_out=True))
+    assert (logits != 0).sum() == 2 * 16 * 16
+    plain, made = start_of(config), start_of(dataclasses.replace(config, leave_one_out=True))
+    differ = {name for name, value in made.state_dict().items() if not torch.equal(value, plain.state_dict()[name])}
+    assert differ == {"clf.1.weight"}
+
+
+def test_positions_start_where_they_are_seen():
+    config = dataclasses.replace(PRESETS["tiny"].unet, position_grid=16)
+    assert Paella(config).positions.std().item() == pytest.approx(0.02, rel=0.05)
+    assert start_of(config).positions.std().item() == pytest.approx(0.3, rel=0.05)
 
 
 def test_codes_that_look_alike_start_alike():

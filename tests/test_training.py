@@ -18,6 +18,11 @@ SMALL = dataclasses.replace(
     unet=dataclasses.replace(TINY.unet, c_hidden=(16, 16), c_in=8, c_out=8, c_cond=16, nhead=(2, 2), blocks=(1, 1),
                              level_config=("CTA", "CTA")),
 )  # fmt: skip
+OPTIONS = {"leave_one_out": True, "position_grid": 8}
+
+
+def with_options(config, **options):
+    return dataclasses.replace(config, unet=dataclasses.replace(config.unet, **options))
 
 
 def losses_of(model, tokens, draws, text, label_smoothing=0.1, chunk=None):
@@ -62,11 +67,12 @@ def test_conditions_are_kept_by_the_batch_if_wanted():
         NoiseConfig(drop_by="epoch")
 
 
+@pytest.mark.parametrize("options", [{}, OPTIONS], ids=["published", "options"])
 @pytest.mark.parametrize("chunk", [None, 50, 10_000])
-def test_losses_are_those_of_the_logits(chunk):
+def test_losses_are_those_of_the_logits(chunk, options):
     """In chunks or not: the same losses and gradients as from whole logits, to float32's rounding."""
     torch.manual_seed(0)
-    model = TextToTokens(SMALL)
+    model = TextToTokens(with_options(SMALL, **options))
     torch.nn.init.normal_(model.unet.clf[1].weight, std=0.1)
     tokens, text = torch.randint(256, (3, 8, 8)), model.text.tokenize(["a", "b", "a longer caption"])
     draws = draw_noise(tokens, 256, 0, range(3), NoiseConfig(drop_caption=0.0))
@@ -81,7 +87,8 @@ def test_losses_are_those_of_the_logits(chunk):
     assert torch.equal(right, (logits.argmax(1) == tokens).flatten())
     for name, value in model.named_parameters():
         if name in gradients:
-            torch.testing.assert_close(value.grad, gradients[name], atol=1e-7, rtol=1e-4, msg=name)
+            off = (value.grad - gradients[name]).norm() / gradients[name].norm()
+            assert off < 1e-4, f"{name}: {off}"  # single numbers of a gradient are further off where larger ones cancel
 
 
 def test_noise_levels_reach_all_noise():
@@ -174,7 +181,7 @@ def test_schedule():
 
 
 def test_every_trained_parameter_has_one_optimizer_and_muon_the_matrices_of_blocks():
-    model = TextToTokens(SMALL)
+    model = TextToTokens(with_options(SMALL, **OPTIONS))
     adamw, muon = (
         {id(p) for group in o.param_groups for p in group["params"]} for o in OptimConfig(matrix_lr=1e-2).optimizers(model)
     )
@@ -183,6 +190,7 @@ def test_every_trained_parameter_has_one_optimizer_and_muon_the_matrices_of_bloc
     names = {name for name, parameter in model.named_parameters() if id(parameter) in muon}
     assert {name.split(".")[-2] for name in names} == {"0", "4", "attn", "out_proj"}  # the MLP's two, and attention's
     assert all("_blocks" in name for name in names)
+    assert id(model.unet.positions) in adamw
 
 
 def test_ema_follows_and_swaps_back():
