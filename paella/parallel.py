@@ -159,10 +159,12 @@ def sum_gradients_with(model: nn.Module, is_last: bool, config: ParallelConfig) 
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module, *, reshard: bool = True) -> Iterator[None]:
     """Passes without gradients, in eval mode, by all workers together, of a model that trains.
 
-    What a pass leaves gathered is given back: training would go on with it, even where the weights have been others in the block.
+    Args:
+        reshard: what a pass leaves gathered is given back: training would go on with it, even where the weights have been others
+            in the block. Where they have not, to keep it saves gathering it again.
     """
     model.eval()
     try:
@@ -170,7 +172,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         for module in model.modules():
-            if isinstance(module, FSDPModule):
+            if reshard and isinstance(module, FSDPModule):
                 module.reshard()
         model.train()
 

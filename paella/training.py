@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -21,15 +22,15 @@ from torch.utils.checkpoint import checkpoint
 from paella.blocks import Attention2d, ResBlock
 from paella.conditioning import TextEncoders
 from paella.config import ModelConfig
+from paella.levels import LevelBalance, means_by_level, sums_by_level
 from paella.lora import PREFIX as ADAPTER_PREFIX
 from paella.muon import Muon
 from paella.objective import add_noise, add_own_token, loss_weight
+from paella.own_draws import OwnDraws, chosen
 from paella.prior import PriorBlock
 from paella.unet import Paella
 
-NUM_BUCKETS = 4
-"""Noise levels are reported in quarters of [0, 1]."""
-BATCH_SEED = 2**63
+BATCH_SEED, LEVELS_SEED = 2**63, 2**63 + 2**62
 """Added to the seed for what is drawn once a batch, so that no sample's random numbers are met again."""
 
 
@@ -99,14 +100,23 @@ class TextToTokens(nn.Module):
 
     Args:
         device, text_dtype: of an encoder that is loaded.
+        balance: `NoiseConfig.balance`.
     """
 
     text: TextEncoders
 
-    def __init__(self, config: ModelConfig, *, device: str | torch.device = "cpu", text_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        device: str | torch.device = "cpu",
+        text_dtype: torch.dtype | None = None,
+        balance: float = 0.0,
+    ) -> None:
         super().__init__()
         self.config = config.unet
         self.unet = Paella(config.unet)
+        self.balance = LevelBalance(balance) if balance > 0 else None  # here, so that a checkpoint has its means
         # what no loss reaches must not be in the optimizer: its state would never come to be, and a resume would miss it
         for mapper in (self.unet.clip_mapper, self.unet.clip_image_mapper):
             mapper.requires_grad_(config.text.clip is not None)
@@ -211,7 +221,7 @@ class Keep:
     clip: Tensor
     clip_image: Tensor
 
-    def __getitem__(self, rows: slice) -> Keep:
+    def __getitem__(self, rows: slice | Tensor) -> Keep:
         return Keep(self.caption[rows], self.clip[rows], self.clip_image[rows])
 
     def to(self, device: torch.device) -> Keep:
@@ -220,10 +230,19 @@ class Keep:
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseConfig:
-    """What is taken away from tokens and conditions in training."""
+    """What is taken away from tokens and conditions in training, and what a noise level counts."""
 
     t_scale: float = 1.08
     """Noise levels are uniform up to this, cut at 1: a share 1 - 1/t_scale of the images is all noise (published: 1.08)."""
+    stratified: bool = False
+    """Spread a batch's noise levels evenly over their range instead of drawing each for itself."""
+    balance: float = 0.0
+    """Each image's loss is divided by the mean loss at its noise level, to this power: 1 makes all levels count alike, 0 is
+    published."""
+    own_draws: float = 0.0
+    """Share of the images that are noised from the model's own draw instead of from the truth."""
+    own_draws_ahead: float = 1 / 6
+    """The draw is made at a noise level up to this much higher."""
     drop_caption: float = 0.05
     """Share of images without their caption, for classifier-free guidance."""
     keep_clip: float = 0.1
@@ -236,87 +255,124 @@ class NoiseConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.t_scale <= 10:
             raise ValueError(f"noise.t_scale={self.t_scale} is not allowed: 1 to 10")
-        for name in ("drop_caption", "keep_clip", "keep_clip_image"):
+        for name in ("balance", "own_draws", "own_draws_ahead", "drop_caption", "keep_clip", "keep_clip_image"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"noise.{name}={getattr(self, name)} is not allowed: 0 to 1")
         if self.drop_by not in ("sample", "batch"):
             raise ValueError(f"noise.drop_by={self.drop_by!r} is not allowed: sample or batch")
 
+    @property
+    def own_share(self) -> Fraction:
+        """`own_draws` as a ratio of whole numbers, by which counting never rounds."""
+        return Fraction(self.own_draws).limit_denominator()
+
 
 @dataclass(frozen=True)
 class Draws:
-    """The random numbers of one step: t (B,), noised (B,H,W), weight (B,H,W), and which conditions are kept."""
+    """The random numbers of one step: t (B,), noised (B,H,W), weight (B,H,W), which conditions are kept, and what images that are
+    noised from the model's own draw need for it."""
 
     t: Tensor
     noised: Tensor
     weight: Tensor
     keep: Keep
+    own: OwnDraws | None = None
 
     def __getitem__(self, rows: slice) -> Draws:
-        return Draws(self.t[rows], self.noised[rows], self.weight[rows], self.keep[rows])
+        own = None if self.own is None else self.own[rows]
+        return Draws(self.t[rows], self.noised[rows], self.weight[rows], self.keep[rows], own)
 
     def to(self, device: torch.device) -> Draws:
         t, noised, weight = (value.to(device, non_blocking=True) for value in (self.t, self.noised, self.weight))
-        return Draws(t, noised, weight, self.keep.to(device))
+        return Draws(t, noised, weight, self.keep.to(device), None if self.own is None else self.own.to(device))
 
 
-def draw_noise(tokens: Tensor, num_labels: int, seed: int, samples: Sequence[int], config: NoiseConfig, step: int = 0) -> Draws:
+def draw_noise(
+    tokens: Tensor,
+    num_labels: int,
+    seed: int,
+    samples: Sequence[int],
+    config: NoiseConfig,
+    step: int = 0,
+    global_batch_size: int | None = None,
+) -> Draws:
     """Noise of each image from its own number in the run, so that it does not depend on the number of workers.
 
     Args:
         tokens: (B,H,W) clean tokens.
         samples: for each image, step · global batch size + its place in the global batch.
-        step: what conditions that are dropped by the batch are drawn from.
+        step: what is drawn once a batch is drawn from this.
+        global_batch_size: over which noise levels are stratified; these images alone if not given.
     """
     shape = tuple(tokens.shape[1:])
     rngs = [np.random.Generator(np.random.Philox(key=[seed, sample])) for sample in samples]
-    t, *kept = torch.from_numpy(np.stack([rng.random(4, dtype=np.float32) for rng in rngs], axis=1))
-    uniform = torch.from_numpy(np.stack([rng.random(shape, dtype=np.float32) for rng in rngs]))
+    t, *kept = _uniform(rngs, (4,)).T
+    uniform = _uniform(rngs, shape)
     random_tokens = torch.from_numpy(np.stack([rng.integers(num_labels, size=shape) for rng in rngs]))
+    if config.stratified:
+        t = _stratified(t, samples, _batch_rng(seed + LEVELS_SEED, step), global_batch_size or len(samples))
     t = ((1 - t) * config.t_scale).clamp(0.001, 1)
     mask = (uniform <= t[:, None, None]).long()
     noised, _ = add_noise(tokens, t, mask=mask, random_tokens=random_tokens)
     if config.drop_by == "batch":
-        rng = np.random.Generator(np.random.Philox(key=np.array([seed + BATCH_SEED, step], np.uint64)))
-        kept = list(torch.from_numpy(rng.random((3, 1), dtype=np.float32)).expand(3, len(t)))
+        numbers = _batch_rng(seed + BATCH_SEED, step).random((3, 1), dtype=np.float32)
+        kept = list(torch.from_numpy(numbers).expand(3, len(t)))
     keep = Keep(kept[0] >= config.drop_caption, kept[1] < config.keep_clip, kept[2] < config.keep_clip_image)
-    return Draws(t, noised, loss_weight(t, mask), keep)
+    draws = Draws(t, noised, loss_weight(t, mask), keep)
+    if config.own_draws == 0:
+        return draws
+    return _with_own_draws(draws, tokens, mask, random_tokens, rngs, chosen(samples, config.own_share), config.own_draws_ahead)
 
 
-def loss_and_metrics(losses: Tensor, right: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+def _with_own_draws(
+    draws: Draws,
+    tokens: Tensor,
+    mask: Tensor,
+    random_tokens: Tensor,
+    rngs: Sequence[np.random.Generator],
+    rows: Tensor,
+    ahead: float,
+) -> Draws:
+    """The same draws where the images in rows (B,) bool are to be noised from the model's own draw."""
+    shape = tuple(tokens.shape[1:])
+    share_ahead, again, uniform = _uniform(rngs, ()), _uniform(rngs, shape), _uniform(rngs, shape)
+    t = (draws.t + ahead * share_ahead).clamp(max=1)
+    noised, _ = add_noise(tokens, t, mask=again <= t[:, None, None], random_tokens=random_tokens)
+    weight = torch.where(rows[:, None, None], 1.0, draws.weight)  # a token that is kept may be wrong there
+    return dataclasses.replace(draws, weight=weight, own=OwnDraws(rows, t, noised, uniform, mask))
+
+
+def _uniform(rngs: Sequence[np.random.Generator], shape: tuple[int, ...]) -> Tensor:
+    """The next numbers in [0, 1) of each image: (B,*shape) float32."""
+    return torch.from_numpy(np.stack([rng.random(shape, dtype=np.float32) for rng in rngs]))
+
+
+def _batch_rng(seed: int, step: int) -> np.random.Generator:
+    """Of what is drawn once a batch, alike on all workers."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed, step], np.uint64)))
+
+
+def _stratified(uniform: Tensor, samples: Sequence[int], rng: np.random.Generator, batch_size: int) -> Tensor:
+    """Numbers in [0, 1) of samples: a batch has one in each of batch_size equal parts, at its uniform (B,) place there."""
+    parts = torch.from_numpy(rng.permutation(batch_size))[[sample % batch_size for sample in samples]]
+    return (parts + uniform) / batch_size
+
+
+def loss_and_metrics(losses: Tensor, right: Tensor, draws: Draws, balance: LevelBalance | None = None) -> tuple[Tensor, Tensor]:
     """The loss of a batch, and sums for its metrics, from what `TextToTokens.losses` returns.
 
     Returns:
-        the mean loss, and (2 + 2·NUM_BUCKETS,) sums: accuracy, loss, then loss and number of images by noise level.
+        the mean loss, balanced where there is a balance, and (2 + 2·NUM_BUCKETS,) sums: accuracy, plain loss, then loss and
+        number of images by noise level.
     """
     per_image = (losses.view_as(draws.weight) * draws.weight).sum((1, 2)) / draws.weight.sum((1, 2))  # (B,)
     loss = per_image.mean()
     with torch.no_grad():
         sums = torch.cat([torch.stack([right.float().mean(), loss]), sums_by_level(draws.t, per_image)])
-    return loss, sums
+    return loss if balance is None else balance(draws.t, per_image), sums
 
 
 def metrics_of(sums: Tensor, num_steps: int) -> dict[str, float]:
     """Named means from the sums of `loss_and_metrics` over num_steps steps."""
     accuracy, loss = (sums[:2] / num_steps).tolist()
     return {"loss": loss, "accuracy": accuracy} | means_by_level(sums[2:])
-
-
-@torch.no_grad()
-def sums_by_level(t: Tensor, losses: Tensor, counted: Tensor | None = None) -> Tensor:
-    """Sums of losses and numbers of samples by noise level: (B,), (B,) → (2·NUM_BUCKETS,); only samples that are counted (B,)."""
-    weight = torch.ones_like(losses) if counted is None else counted.to(losses.dtype)
-    bucket = (t * NUM_BUCKETS).long().clamp(max=NUM_BUCKETS - 1)
-    values = torch.stack([losses * weight, weight])
-    return values.new_zeros(2, NUM_BUCKETS).index_add_(1, bucket, values).flatten()
-
-
-def means_by_level(sums: Tensor) -> dict[str, float]:
-    """Named mean losses of the noise levels that occurred, from `sums_by_level`."""
-    metrics = {}
-    by_level, counts = sums.view(2, NUM_BUCKETS)
-    for index in range(NUM_BUCKETS):
-        if counts[index] > 0:
-            low, high = index / NUM_BUCKETS, (index + 1) / NUM_BUCKETS
-            metrics[f"loss_t_{low:.2f}_{high:.2f}"] = (by_level[index] / counts[index]).item()
-    return metrics

@@ -107,11 +107,27 @@ FREE = (
 """Settings that a run can be continued with others of: they decide how it runs, not what comes of it."""
 
 
-def require_same_config(directory: Path, values: dict[str, Any]) -> None:
-    """Write config.json into an output; raises ValueError with the difference where an existing one says otherwise."""
+def completed(values: dict[str, Any], config: Any) -> dict[str, Any]:
+    """The values of an older config.json with the defaults of a config's options that there were not yet."""
+    made = dict(values)
+    for each in dataclasses.fields(config):
+        inner, part = values.get(each.name), getattr(config, each.name)
+        if isinstance(inner, dict) and dataclasses.is_dataclass(part):
+            made[each.name] = completed(inner, part)
+        elif each.name not in values and each.default is not dataclasses.MISSING:
+            made[each.name] = json.loads(json.dumps(each.default))
+    return made
+
+
+def require_same_config(directory: Path, values: dict[str, Any], config: Any = None) -> None:
+    """Write config.json into an output; raises ValueError with the difference where an existing one says otherwise.
+
+    Args:
+        config: that the values are of, where one that was made before there was some option is the same as with its default.
+    """
     file = directory / "config.json"
     before = json.loads(file.read_text()) if file.exists() else values
-    require_equal_configs(before, values, str(directory))
+    require_equal_configs(before if config is None else completed(before, config), values, str(directory))
     if values != before or not file.exists():
         temporary = file.with_suffix(".tmp")
         temporary.write_text(json.dumps(values, indent=1) + "\n")

@@ -76,6 +76,11 @@ class Guard:
     def needs_loss(self) -> bool:
         return self.config.spike is not None
 
+    @property
+    def refused(self) -> bool:
+        """Whether the last step was a bad one."""
+        return self.in_a_row > 0
+
     def allows(self, norm: float, loss: float) -> bool:
         """Whether the optimizers may step with a gradient of this norm, from this mean loss over all workers."""
         reason = self._reason(norm, loss)

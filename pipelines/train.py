@@ -40,7 +40,7 @@ def run(config: TrainConfig) -> Path:
     initial_weights.check(config)
     output = loop.require_places(config)
     values = cli.config_values(config)
-    cli.require_same_config(output, values)
+    cli.require_same_config(output, values, config)
     bundle, finished = output / "model", output / "registered_model.txt"
     if finished.exists():
         print(f"training is finished: {bundle} (MLflow: {finished.read_text().strip()})")
@@ -62,7 +62,7 @@ def train_worker(arguments: dict) -> None:
     config: TrainConfig = arguments["config"]
     rank, world_size, device = setup_worker(arguments, config.seed)
     dtype = compute_dtype(config.precision, device)
-    model = TextToTokens(config.model, device=device, text_dtype=dtype)
+    model = TextToTokens(config.model, device=device, text_dtype=dtype, balance=config.noise.balance)
     vqgan = load_vqgan(config.vqgan)[0]
     initial_weights.initialise(model, vqgan.vquantizer.codebook.weight, config)
     model, vqgan = model.to(device).train(), vqgan.to(device)

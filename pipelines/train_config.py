@@ -67,7 +67,7 @@ class TrainConfig:
     label_smoothing: float = 0.1
     """Of the cross-entropy."""
     noise: NoiseConfig = field(default_factory=NoiseConfig)
-    """Of tokens, and what is taken away from the conditions."""
+    """Of tokens, what is taken away from the conditions, and what a noise level counts."""
     init: str = "published"
     """Initial weights: published; short-run, which starts faster where there are only thousands of steps; or a bundle (directory
     or URI) to fine-tune."""
@@ -103,6 +103,17 @@ class TrainConfig:
         if self.profile is not None:
             steps_of(self.profile)
         self.parallel.require_fits(self.min_workers or self.num_workers, self.num_workers, self.global_batch_size)
+        self._check_own_draws()
+
+    def _check_own_draws(self) -> None:
+        """All workers must make as many passes for own draws as each other: one for each part of a batch."""
+        numbers = range(self.min_workers or self.num_workers, self.num_workers + 1)
+        smallest = min(self.part_size(self.global_batch_size // number) for number in numbers)
+        if self.noise.own_draws > 0 and smallest * self.noise.own_share < 1:
+            raise ValueError(
+                f"noise.own_draws={self.noise.own_draws} is not allowed: 0, or at least one image in each part of a batch, "
+                f"which has {smallest}"
+            )
 
     def _check_text(self) -> None:
         if self.text_accelerator is not None and not self.text_actors:
@@ -123,6 +134,10 @@ class TrainConfig:
         """Images that pass the model together at most. Fewer workers than num_workers take more passes of the same images each,
         which need the same memory and round alike."""
         return self.global_batch_size // (self.num_workers * self.parallel.accumulate)
+
+    def part_size(self, num_images: int) -> int:
+        """Images in each pass of a worker that has so many in a step: all parts are alike, as gradients are means over them."""
+        return next(size for size in range(self.images_per_pass, 0, -1) if num_images % size == 0)
 
     @property
     def datasets(self) -> tuple[str, ...]:

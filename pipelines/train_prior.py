@@ -24,10 +24,11 @@ from paella import command_line
 from paella.bundle import add_prior
 from paella.config import PRESETS, PriorConfig
 from paella.ema import Ema
+from paella.levels import NUM_BUCKETS, means_by_level, sums_by_level
 from paella.parallel import compute_dtype, count_parameters, full_state_dict, shard
 from paella.prior import Prior, draw_prior_noise, prior_loss, sample_prior, save_prior
 from paella.storage import new_file
-from paella.training import NUM_BUCKETS, OptimConfig, means_by_level, sums_by_level
+from paella.training import OptimConfig
 from paella.weights import read_config
 from pipelines import cli, loop, tracking
 from pipelines.progress import Progress

@@ -32,18 +32,23 @@ def train_step(
     """
     lr = config.optim.set_lr(optimizers, step, config.steps)
     numbers = loop.sample_numbers(step, config.global_batch_size)
-    draws = draw_noise(torch.from_numpy(batch.tokens), config.model.unet.num_labels, config.seed, numbers, config.noise, step)
-    num_images = len(batch.ids)
-    size = next(size for size in range(config.images_per_pass, 0, -1) if num_images % size == 0)  # gradients are means over parts
-    num_parts = num_images // size
-    total, mean = torch.zeros((), device=device), torch.zeros((), device=device)
+    tokens, num_labels = torch.from_numpy(batch.tokens), config.model.unet.num_labels
+    draws = draw_noise(tokens, num_labels, config.seed, numbers, config.noise, step, config.global_batch_size)
+    size = config.part_size(len(batch.ids))
+    num_parts = len(batch.ids) // size
+    total = torch.zeros((), device=device)
     parts = split(model, batch, draws, size, device)
     for index, (targets, inputs, part) in enumerate(parts):
         sum_gradients_with(model, index == num_parts - 1, config.parallel)
+        if part.own is not None:
+            inputs[0] = part.own.renoised(model, *inputs)
         loss, sums = forward(model, config, targets, inputs, part)
         (loss / num_parts).backward()
-        total, mean = total + sums / num_parts, mean + loss.detach() / num_parts
-    return total, loop.update(model, optimizers, mean, config.optim.grad_clip, guard), lr
+        total = total + sums / num_parts
+    norm = loop.update(model, optimizers, total[1], config.optim.grad_clip, guard)
+    if model.balance is not None:
+        model.balance.update(step, counts=not guard.refused)
+    return total, norm, lr
 
 
 def forward(model: TextToTokens, config: TrainConfig, targets: Tensor, inputs: list, draws: Draws) -> tuple[Tensor, Tensor]:
@@ -52,7 +57,7 @@ def forward(model: TextToTokens, config: TrainConfig, targets: Tensor, inputs: l
     losses, right = model.losses(
         targets, *inputs, label_smoothing=config.label_smoothing, chunk=parallel.loss_chunk, compiled=parallel.compile
     )
-    return loss_and_metrics(losses, right, draws)
+    return loss_and_metrics(losses, right, draws, model.balance)
 
 
 def split(

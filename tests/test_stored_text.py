@@ -16,6 +16,7 @@ from paella.sampler import SamplingConfig
 from paella.training import TextToTokens, draw_noise
 from pipelines import tracking, train
 from pipelines.clip_columns import clip_digest
+from pipelines.export import averaged_state
 from pipelines.token_dataset import TokenDataset
 from pipelines.train_config import TrainConfig, presets
 from pipelines.train_step import forward, split
@@ -59,9 +60,12 @@ def test_the_loss_is_that_with_the_encoder(settings):
 
 
 def test_a_run_takes_them_from_the_dataset(settings, tmp_path):
+    noise = dataclasses.replace(settings.noise, balance=0.5, own_draws=0.5, stratified=True)  # whose pass hears them as well
     with without_a_cluster(train):
-        train.run(settings)
+        train.run(dataclasses.replace(settings, noise=noise, checkpoint_every=10))
     output = tmp_path / "run"
+    means = averaged_state(str(output / "checkpoints" / "step-00000010"))["balance.means"]
+    assert (means > 0).sum() > 10
     run = tracking.Run(**json.loads((output / "mlflow_run.json").read_text()))
     assert run.client().get_metric_history(run.run_id, "validation_loss")[-1].step == 20
     assert (output / "samples" / "step-0000020.png").exists()

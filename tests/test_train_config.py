@@ -9,9 +9,10 @@ from conftest import assert_one_sentence, small_config
 from test_token_stream import write_tokens
 
 from paella.bundle import vqgan_digests
-from pipelines import train
+from paella.training import NoiseConfig
+from pipelines import cli, train
 from pipelines.recovery import RecoveryConfig
-from pipelines.train_config import TrainConfig, presets
+from pipelines.train_config import TrainConfig, presets, read_train_config
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,11 @@ def test_what_does_not_fit(data, vqgan_bundle, tmp_path, monkeypatch, changes, w
         ({"steps": 0}, "steps=0"),
         ({"checkpoint_every": 0}, "checkpoint_every=0"),
         ({"precision": "fp8"}, "precision='fp8'"),
+        ({"noise": NoiseConfig(own_draws=0.2)}, "noise.own_draws=0.2 is not allowed: 0, or .* batch, which has 4"),
+        (  # three workers, whose 8 images are two parts of 4, where four have one of 6
+            {"noise": NoiseConfig(own_draws=0.2), "num_workers": 4, "min_workers": 3, "global_batch_size": 24},
+            "noise.own_draws=0.2 .* which has 4",
+        ),
     ],
 )
 def test_settings_that_cannot_be(data, vqgan_bundle, tmp_path, changes, words):
@@ -96,8 +102,6 @@ def test_recovery_that_cannot_be(changes, words):
 
 
 def test_a_run_goes_on_with_other_workers_but_no_other_model(data, vqgan_bundle, tmp_path):
-    from pipelines import cli
-
     small = config(data, vqgan_bundle, tmp_path)
     cli.require_same_config(tmp_path, cli.config_values(small))
     other = dataclasses.replace(
@@ -107,6 +111,24 @@ def test_a_run_goes_on_with_other_workers_but_no_other_model(data, vqgan_bundle,
     assert json.loads((tmp_path / "config.json").read_text())["recovery"]["keep"] == 5
     with pytest.raises(ValueError, match=r"was made with another config \(seed 0 → 1\)"):
         cli.require_same_config(tmp_path, cli.config_values(dataclasses.replace(other, seed=1)))
+
+
+def test_own_draws_of_one_image_a_part_are_enough(data, vqgan_bundle, tmp_path):
+    assert config(data, vqgan_bundle, tmp_path, noise=NoiseConfig(own_draws=0.25)).part_size(4) == 4
+
+
+def test_a_run_of_before_there_was_an_option_goes_on_without_it(data, vqgan_bundle, tmp_path):
+    small = config(data, vqgan_bundle, tmp_path)
+    values = cli.config_values(small)
+    for name in ("balance", "own_draws", "own_draws_ahead", "stratified"):
+        del values["noise"][name]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    other = dataclasses.replace(small, noise=dataclasses.replace(small.noise, balance=0.5))
+    with pytest.raises(ValueError, match=r"was made with another config \(noise.balance 0.0 → 0.5\)"):
+        cli.require_same_config(tmp_path, cli.config_values(other), other)
+    assert read_train_config(str(tmp_path)).noise == small.noise
+    cli.require_same_config(tmp_path, cli.config_values(small), small)
+    assert json.loads((tmp_path / "config.json").read_text()) == cli.config_values(small)
 
 
 def test_an_unknown_store_is_one_sentence(program, data, vqgan_bundle, tmp_path):

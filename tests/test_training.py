@@ -8,6 +8,7 @@ import torch
 from paella.checkpoint import TrainingState
 from paella.config import PRESETS
 from paella.ema import Ema
+from paella.levels import LevelBalance
 from paella.objective import add_noise
 from paella.parallel import compute_dtype, count_parameters
 from paella.training import Keep, NoiseConfig, OptimConfig, TextToTokens, draw_noise, loss_and_metrics, metrics_of
@@ -38,6 +39,46 @@ def test_noise_belongs_to_the_sample_not_to_the_worker():
     assert torch.equal(together.t, torch.cat([part.t for part in apart]))
     again = draw_noise(tokens, 256, 7, range(4, 8), NoiseConfig())
     assert not torch.equal(together.t, again.t)
+
+
+def test_the_random_numbers_of_a_run_stay_what_they_are():
+    """Those of a run that was begun with an earlier version, and those that no option is about."""
+    tokens = torch.arange(32).view(2, 4, 4)
+    published = draw_noise(tokens, 64, 7, [11, 12], NoiseConfig(), 5)
+    assert published.t.tolist() == pytest.approx([0.8845992, 1.0], abs=1e-7) and published.own is None
+    expected = (
+        [10, 23, 12, 24, 51, 33, 32, 4, 31, 29, 27, 7, 3, 21, 18, 44],
+        [7, 63, 48, 8, 14, 28, 24, 46, 10, 15, 39, 30, 41, 19, 10, 15],
+    )
+    assert published.noised.flatten(1).tolist() == list(expected)
+    assert published.keep.clip.tolist() == [True, True] and published.keep.clip_image.tolist() == [False, False]
+    assert draw_noise(tokens, 64, 7, [11, 12], NoiseConfig(drop_by="batch"), 5).keep.clip.tolist() == [False, False]
+    more = draw_noise(tokens, 64, 7, [11, 12], NoiseConfig(own_draws=0.5, balance=1.0), 5)
+    assert torch.equal(more.t, published.t) and torch.equal(more.noised, published.noised)
+    spread = draw_noise(tokens, 64, 7, [11, 12], NoiseConfig(stratified=True), 5, 64)
+    assert not torch.equal(spread.t, published.t) and torch.equal(spread.keep.clip, published.keep.clip)
+
+
+def test_stratified_levels_cover_their_range_in_every_batch():
+    """Whoever has which part of the batch, and in another order each step."""
+    tokens, config = torch.zeros(16, 2, 2, dtype=torch.long), NoiseConfig(stratified=True, t_scale=1.0)
+    orders = []
+    for step in range(3):
+        samples = range(16 * step, 16 * step + 16)
+        t = draw_noise(tokens, 16, 3, samples, config, step, 16).t
+        assert ((1 - t) * 16).long().sort().values.tolist() == list(range(16)), "one in each sixteenth"
+        orders.append(((1 - t) * 16).long().tolist())
+        parts = [draw_noise(tokens[:4], 16, 3, samples[first : first + 4], config, step, 16).t for first in range(0, 16, 4)]
+        assert torch.equal(torch.cat(parts), t)
+    assert orders[0] != orders[1] != orders[2]
+    wide = draw_noise(torch.zeros(200, 2, 2, dtype=torch.long), 16, 0, range(200), NoiseConfig(stratified=True, t_scale=2.0)).t
+    assert (wide == 1).sum() == 100, "exactly the share that is all noise"
+
+
+@pytest.mark.parametrize("name, value", [("own_draws", 1.5), ("own_draws_ahead", -0.1), ("balance", float("nan"))])
+def test_noise_that_cannot_be(name, value):
+    with pytest.raises(ValueError, match=rf"noise\.{name}={value} is not allowed: 0 to 1"):
+        NoiseConfig(**{name: value})
 
 
 def test_noise_has_its_rate_and_captions_are_dropped():
@@ -164,6 +205,11 @@ def test_metrics_by_noise_level():
     assert metrics["loss_t_0.75_1.00"] == pytest.approx(torch.tensor(16.0).log().item(), abs=1e-4)
     assert "loss_t_0.25_0.50" not in metrics
     assert metrics["loss"] == pytest.approx((metrics["loss_t_0.00_0.25"] + metrics["loss_t_0.75_1.00"]) / 2, abs=1e-4)
+    balance = LevelBalance(1.0)
+    balance.means[2], balance.means[18] = 0.5, 1.5  # weights 1.5 and 0.5
+    loss, balanced_sums = loss_and_metrics(losses, logits.argmax(1) == tokens, draws, balance)
+    assert loss.item() == pytest.approx((1.5 * metrics["loss_t_0.00_0.25"] + 0.5 * metrics["loss_t_0.75_1.00"]) / 2, abs=1e-4)
+    assert torch.equal(balanced_sums, sums), "metrics say the plain loss"
 
 
 def test_schedule():
