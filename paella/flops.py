@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from paella.blocks import linear
@@ -23,6 +24,17 @@ PEAK_TFLOPS = {
 """Dense bfloat16 TFLOP/s by NVIDIA's data sheets, for the first name that is part of a device's name."""
 
 
+def counted(call: Callable[[], object]) -> int:
+    """Return the FLOPs of what `call` multiplies, a multiplication with its addition being two.
+
+    The counter knows neither oneDNN's products, which inference in float32 on a CPU has, nor a CPU's fused attention. So have
+    gradients on, or the meta device; attention is by its plain products here.
+    """
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        call()
+    return counter.get_total_flops()
+
+
 def training_flops(config: ModelConfig) -> float:
     """FLOPs of the U-Net for one training image: the forward pass, counted, times three.
 
@@ -30,14 +42,10 @@ def training_flops(config: ModelConfig) -> float:
     checkpointing computes again is not counted, as it is no progress; nor are the text encoder and the optimizer.
     """
     height, width = config.grid(config.image_size, config.image_size)
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        unet = Paella(config.unet)
-        unet(
-            torch.zeros(1, height, width, dtype=torch.long),
-            torch.ones(1),
-            byt5=torch.zeros(1, TEXT_TOKENS, config.unet.byt5_embd),
-        )
-    return 3.0 * counter.get_total_flops()
+    with torch.device("meta"), torch.no_grad():
+        unet, tokens = Paella(config.unet), torch.zeros(1, height, width, dtype=torch.long)
+        states = torch.zeros(1, TEXT_TOKENS, config.unet.byt5_embd)
+        return 3.0 * counted(lambda: unet(tokens, torch.ones(1), byt5=states))
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

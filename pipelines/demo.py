@@ -17,6 +17,7 @@ from pathlib import Path
 from paella import command_line
 from pipelines import (
     cli,
+    demo_flops,
     generate,
     img2dataset_layout,
     report,
@@ -50,7 +51,7 @@ class DemoConfig:
     """Pictures to generate at the end; the first 64 make the contact sheet."""
 
 
-EXPECTED_S = {"images": 10, "vqgan": 220, "clip": 60, "tokens": 45, "train": 760, "pictures": 55, "report": 10}
+EXPECTED_S = {"images": 10, "vqgan": 220, "clip": 60, "tokens": 45, "train": 760, "pictures": 55, "report": 35}
 """Seconds of each stage on 2 cores, for the estimate of the time left."""
 
 
@@ -65,14 +66,17 @@ def run(config: DemoConfig) -> None:
             images = config.data or str(make_images(root, config.num_images))
             prompts = write_prompts(root, config)
         with stages("vqgan", "a VQGAN that turns an image into tokens"):
-            vqgan = train_vqgan.run(_vqgan_config(config, images, root))
+            vqgan_config = _vqgan_config(config, images, root)
+            vqgan = train_vqgan.run(vqgan_config)
         with stages("clip", "a CLIP that tells which caption belongs to which image"):
-            clip = train_clip.run(_clip_config(config, images, root))
+            clip_config = _clip_config(config, images, root)
+            clip = train_clip.run(clip_config)
         with stages("tokens", "all images to tokens, and to what CLIP sees in them"):
             tokens = root / "tokens"
             tokenize_images.run(_tokenize_config(images, vqgan, clip, tokens))
         with stages("train", "a U-Net that predicts tokens from noise and a caption"):
-            model = train.run(_train_config(config, tokens, vqgan, clip, prompts, root))
+            train_config = _train_config(config, tokens, vqgan, clip, prompts, root)
+            model = train.run(train_config)
         with stages("pictures", f"{config.num_prompts} pictures"):
             generate.run(
                 GenerateConfig(
@@ -83,7 +87,8 @@ def run(config: DemoConfig) -> None:
                 )
             )
     with stages("report", "numbers and a page"):
-        report.write(root, model, prompts.read_text().splitlines(), stages, generated_scenes=config.data is None)
+        flops = demo_flops.by_stage(vqgan_config, clip_config, train_config)
+        report.write(root, model, prompts.read_text().splitlines(), stages, flops, generated_scenes=config.data is None)
     print(report.summary(root))
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import html
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -15,7 +17,7 @@ from paella.bundle import Bundle, load_bundle
 from paella.images import contact_sheet, to_uint8
 from paella.metrics import codebook_use
 from paella.storage import new_file
-from pipelines import manifest, scene_checker, scenes, tracking
+from pipelines import manifest, probe, pulse, scene_binding, scene_checker, scenes, tracking
 from pipelines.image_sets import captions as source_captions
 from pipelines.image_sets import decode_all
 from pipelines.output_store import Output
@@ -27,23 +29,28 @@ from pipelines.train_vqgan import reconstruct, reconstruction_sheet
 matplotlib.use("Agg")
 
 
-def write(root: Path, model: Path, prompts: list[str], stages: Stages, *, generated_scenes: bool) -> None:
-    """Write everything the demo shows into `root`."""
+def write(
+    root: Path, model: Path, prompts: list[str], stages: Stages, flops: Mapping[str, float], *, generated_scenes: bool
+) -> None:
+    """Write everything the demo shows into `root`.
+
+    Args:
+        flops: of each training stage.
+    """
     bundle = load_bundle(str(model))
     images = pictures(root / "pictures")
-    values: dict = {"prompts": len(images)}
+    values: dict[str, Any] = {"prompts": len(images)}
     if generated_scenes:
-        objects = [len(scenes.parse_caption(caption).objects) for caption, _ in images]
-        values["accuracy"] = caption_accuracy(images)
-        for num, name in ((1, "accuracy_one_object"), (2, "accuracy_two_objects")):
-            values[name] = caption_accuracy([image for image, count in zip(images, objects, strict=True) if count == num])
-        values |= reconstruction(root, bundle)
+        values |= of_scenes(images) | reconstruction(root, bundle) | {"binding": scene_binding.binding(bundle)}
     else:
         values |= {key: json.loads((root / "vqgan/report.json").read_text())[key] for key in ("psnr", "codebook_use")}
         Image.open(root / "vqgan/reconstructions.png").save(root / "reconstructions.png")
+    values["probe"] = probed(root, model)
+    seconds = {name: spent for name, spent in stages.seconds.items() if name != "report"}  # as in a first run, where none is over
     values |= {
-        "seconds": {name: round(seconds, 1) for name, seconds in stages.seconds.items()},
-        "seconds_total": round(sum(stages.seconds.values()), 1),
+        "pulse": pulse.pulse(flops, sum(seconds.values()), values.get("accuracy", {})),
+        "seconds": {name: round(spent, 1) for name, spent in seconds.items()},
+        "seconds_total": round(sum(seconds.values()), 1),
         "peak_memory_gb": round(stages.peak_bytes / 1e9, 2),
         "model_digest": bundle.digest,
     }
@@ -52,6 +59,25 @@ def write(root: Path, model: Path, prompts: list[str], stages: Stages, *, genera
     training_curve(root)
     _write_text(root / "report.json", json.dumps(values, indent=1) + "\n")
     _write_text(root / "index.html", page(values, root))
+
+
+def of_scenes(images: list[tuple[str, np.ndarray]]) -> dict[str, dict[str, float]]:
+    """What the checker reads from pictures of scenes: accuracy by attribute of all, and of those of one and of two objects."""
+    objects = [len(scenes.parse_caption(caption).objects) for caption, _ in images]
+    values = {"accuracy": caption_accuracy(images)}
+    for num, name in ((1, "accuracy_one_object"), (2, "accuracy_two_objects")):
+        values[name] = caption_accuracy([image for image, count in zip(images, objects, strict=True) if count == num])
+    return values
+
+
+def probed(root: Path, model: Path) -> dict[str, Any]:
+    """What the model hears and binds, on the rows that training has held out; a quarter of a minute of one core with `tiny`."""
+    tokens = str(root / "tokens")
+    values = probe.measure(
+        probe.ProbeConfig(model=str(model), data=tokens, images=128, levels=(0.3, 0.8, 1.0), captions_per_word=32)
+    )
+    probe.write(values, root)
+    return values
 
 
 def pictures(directory: Path) -> list[tuple[str, np.ndarray]]:
@@ -123,7 +149,11 @@ def summary(root: Path) -> str:
     if "accuracy" in values:
         accuracy = "  ".join(f"{name} {share:.2f}" for name, share in values["accuracy"].items())
         lines.append(f"Caption accuracy on {values['prompts']} held-out captions: {accuracy}")
+    if "binding" in values:
+        shares = "  ".join(f"{name} {share:.2f}" for name, share in values["binding"].items())
+        lines.append(f"Colours where their relation puts them (0.50: by chance): {shares}")
     lines.append(f"VQGAN: PSNR {values['psnr']:.1f} dB, {values['codebook_use']:.0%} of the codebook in use")
+    lines.append(f"Its line for docs/pulse.md:\n{values['pulse']['row']}")
     lines += [f"Look:  {root / 'index.html'}", "Next:"]
     return "\n".join([*lines, *(f"  {command}" for command in next_commands(root))])
 
@@ -153,12 +183,15 @@ def page(values: dict, root: Path) -> str:
         "codebook in use": f"{values['codebook_use']:.0%}",
         "time": ", ".join(f"{name} {duration(seconds)}" for name, seconds in values["seconds"].items()),
         "peak memory": f"{values['peak_memory_gb']} GB",
+        "arithmetic of all training": f"{values['pulse']['tflop']} TFLOP",
     }
     for name, share in values.get("accuracy", {}).items():
         ceiling = values["accuracy_of_reconstructions"][name]
         rows[f"caption accuracy: {name}"] = (
             f"{share:.1%} of {values['prompts']} held-out captions ({ceiling:.1%} of real images after the VQGAN)"
         )
+    for name, share in values.get("binding", {}).items():
+        rows[f"binding: {name}"] = f"{share:.2f} of the colours are where the caption puts them (0.5: by chance)"
     table = "".join(f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>" for key, value in rows.items())
     is_held_out = "accuracy" in values  # captions of the user's own images were in training
     first = "Each made from its caption" + ("; none of the combinations was in training." if is_held_out else ".")
@@ -176,6 +209,13 @@ SECTIONS = [
         "Training",
         "training.png",
         "Cross-entropy by the share of noise in the tokens, and the share of tokens predicted.",
+    ),
+    (
+        "What the model hears",
+        "probe.png",
+        "Left: how much worse the tokens of held-out images are predicted with another word of the same kind in a word’s place, "
+        "by the share of noise; at 0 the word is not heard. Right: how often an image fits its own caption better than one in "
+        "which two words have changed places; at 0.5 the model knows which words there are, but not what belongs to what.",
     ),
     ("Reconstructions", "reconstructions.png", "Held-out images above what the VQGAN makes of their tokens."),
 ]

@@ -111,11 +111,18 @@ class TokenDataset:
 
     def head(self, num: int, *, clip: bool = False, states: bool = False) -> TokenBatch:
         """The first rows as they are stored, at most `num`."""
+        return self.to_batch(self.read(self._first(num), self.columns(clip=clip, states=states)))
+
+    def captions(self, num: int) -> list[str]:
+        """The captions of the first rows, at most `num`; nothing else of them is read."""
+        return self.read(self._first(num), ["caption"])["caption"].to_pylist()
+
+    def _first(self, num: int) -> list[Piece]:
         pieces, left = [], num
         for shard, (_, rows) in enumerate(self.shards):
             pieces += [Piece(shard, 0, min(rows, left))] if min(rows, left) else []
             left -= min(rows, left)
-        return self.to_batch(self.read(pieces, self.columns(clip=clip, states=states)))
+        return pieces
 
     def rows(self, file: str, rows: list[int]) -> TokenBatch:
         """Some rows of one shard, in their order there."""

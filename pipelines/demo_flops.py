@@ -1,0 +1,62 @@
+"""How much arithmetic the demo's training takes: each stage's real modules, counted, times its images.
+
+A training step is three forward passes: the backward pass multiplies by the weights and by the activations where the forward pass
+multiplies once. Optimizers, averages, validation and samples are not counted, nor what makes tokens and pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import open_clip
+import torch
+
+from paella.flops import counted
+from paella.training import Keep, TextToTokens
+from paella.vqgan import VQModel
+from pipelines.token_dataset import TokenDataset
+from pipelines.train_clip import TrainClipConfig
+from pipelines.train_config import TrainConfig
+from pipelines.vq_config import TrainVQConfig
+
+CAPTIONS_READ = 4096
+"""Captions whose mean length is counted."""
+
+
+def by_stage(vqgan: TrainVQConfig, clip: TrainClipConfig, unet: TrainConfig) -> dict[str, float]:
+    """Return the FLOPs of each training stage. The token dataset has to be there, for the length of its captions."""
+    return {
+        "vqgan": vqgan_flops(vqgan),
+        "clip": clip_flops(clip),
+        "train": unet_flops(unet, TokenDataset(unet.data).captions(CAPTIONS_READ)),
+    }  # a further stage has its line here
+
+
+def vqgan_flops(config: TrainVQConfig) -> float:
+    """Return the FLOPs of a VQGAN's training, without its discriminator and perceptual loss, which `tiny` has not."""
+    model, images = VQModel(config.model), torch.zeros(1, 3, config.image_size, config.image_size)
+    return 3.0 * counted(lambda: model(images)) * config.steps * config.batch_size
+
+
+def clip_flops(config: TrainClipConfig) -> float:
+    """Return the FLOPs of a CLIP's training: its two towers."""
+    model = open_clip.CLIP(**config.model.open_clip(config.image_size))
+    images = torch.zeros(1, 3, config.image_size, config.image_size)
+    ids = torch.zeros(1, config.model.context_length, dtype=torch.long)
+    return 3.0 * counted(lambda: model(images, ids)) * config.steps * config.batch_size
+
+
+def unet_flops(config: TrainConfig, captions: Sequence[str]) -> float:
+    """Return the FLOPs of the training of U-Net and text encoder, for captions of the mean length of these.
+
+    The share of images that are noised from the model's own draws (`noise.own_draws`, where there is such a setting) takes one
+    more forward pass.
+    """
+    model = TextToTokens(config.model)
+    length = round(model.text.tokenize(captions).mask.sum(1).float().mean().item())
+    side, unet, yes = config.model.image_size, config.model.unet, torch.ones(1, dtype=torch.bool)
+    tokens, ids = torch.zeros(1, *config.model.grid(side, side), dtype=torch.long), torch.zeros(1, length, dtype=torch.long)
+    clip = (torch.zeros(1, unet.clip_embd),) * 2 if config.model.text.clip is not None else ()
+    inputs = tokens, torch.ones(1), ids, ids == 0, Keep(yes, yes, yes), *clip
+    passes = 3.0 + getattr(config.noise, "own_draws", 0.0)
+    return passes * counted(lambda: model(*inputs)) * config.steps * config.global_batch_size
