@@ -190,7 +190,7 @@ def _token_losses(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy and whether the likeliest code is right, of tokens with features (N,C) and targets (N,): both (N,).
 
-    Where the features are of the other positions alone, the noised tokens (N,) and their noise levels (N,) are needed as well.
+    tokens and t are the noised tokens (N,) and their noise levels (N,) of a leave-one-out U-Net; of another they are not given.
     """
     norm, classifier = out_mapper[0], out_mapper[1]
     columns = norm(features.T[None, :, :, None])  # (1,C,N,1), the features being channels-last as they are

@@ -1,5 +1,6 @@
 """Bundles: what is saved is what is loaded, and what does not fit is named."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,10 +10,12 @@ from processes import free_ports
 from safetensors.torch import load_file, save_file
 
 import paella
-from paella.bundle import load_bundle, load_vqgan
+from paella.bundle import load_bundle, load_vqgan, save_bundle
 from paella.conditioning import TextEncoders, load_clip
 from paella.config import TextConfig
 from paella.storage import local_directory, new_directory, new_file
+from paella.unet import Paella
+from paella.vqgan import VQModel
 from paella.weights import state_digest
 
 
@@ -32,6 +35,22 @@ def test_round_trip(model_bundle):
     assert 0 <= images.min() <= images.max() <= 1
     again = load_bundle(str(model_bundle)).generate_tokens(["a red circle", "b"], [1, 2])
     assert torch.equal(tokens, again)
+
+
+def test_a_unet_with_options_round_trips(tmp_path):
+    torch.manual_seed(0)
+    config, t = small_config(), torch.tensor([0.5])
+    config = dataclasses.replace(config, unet=dataclasses.replace(config.unet, leave_one_out=True, position_grid=16))
+    text, unet = TextEncoders.create(config.text), Paella(config.unet).eval()
+    torch.nn.init.normal_(unet.clf[1].weight)
+    save_bundle(tmp_path / "b", config, {"unet": unet.state_dict(), "vqgan": VQModel(config.vqgan).state_dict()}, "card", text)
+    loaded, tokens = load_bundle(str(tmp_path / "b")), torch.randint(32, (1, 16, 32))
+    assert loaded.config == config and torch.equal(loaded.unet.positions, unet.positions)
+    conditions = loaded.conditions("a red circle")
+    with torch.inference_mode():
+        assert torch.equal(loaded.unet(tokens, t, **conditions), unet(tokens, t, **conditions))
+    half = load_bundle(str(tmp_path / "b"), dtype=torch.bfloat16)
+    assert half.generate_tokens(["a red circle"], [1], size=(128, 64)).shape == (1, 16, 32)
 
 
 def test_the_package_exports_the_documented_names():

@@ -18,9 +18,10 @@ QUICK = SamplingConfig(num_inference_steps=3, cfg=(2.0,))
 
 
 @pytest.fixture(scope="module")
-def bundle() -> Bundle:
+def bundle(request) -> Bundle:
+    """Of `tiny`, with the U-Net's options that a test may give."""
     torch.manual_seed(0)
-    config = PRESETS["tiny"]
+    config = dataclasses.replace(PRESETS["tiny"], unet=dataclasses.replace(PRESETS["tiny"].unet, **getattr(request, "param", {})))
     unet, vqgan = Paella(config.unet).eval(), VQModel(config.vqgan).eval()
     vqgan.vquantizer.codebook.weight.data.normal_()
     with torch.no_grad():  # zero-initialised weights would hide the conditions
@@ -83,6 +84,9 @@ def test_restyling_keeps_a_share(bundle, image):
     assert 0.65 < same < 0.85 and canvas.config.at(0).t == 0.25
 
 
+@pytest.mark.parametrize(
+    "bundle", [{}, {"leave_one_out": True, "position_grid": 16}], indirect=True, ids=["published", "options"]
+)
 def test_an_inverted_image_comes_back_under_its_own_prompt(bundle, image):
     canvas = edits.edit(bundle, image, "a", "a", keep=1.0, seed=3, config=dataclasses.replace(QUICK, cfg=(1.0,)))
     assert torch.equal(run(bundle, canvas), bundle.encode(image))

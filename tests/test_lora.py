@@ -22,10 +22,10 @@ def inputs():
     )
 
 
-@pytest.mark.parametrize("self_attn", [False, True])
-def test_adapters_train_alone_and_merge_into_plain_weights(self_attn):
+@pytest.mark.parametrize("options", [{}, {"self_attn": True, "leave_one_out": True, "position_grid": 8}])
+def test_adapters_train_alone_and_merge_into_plain_weights(options):
     torch.manual_seed(0)
-    config = dataclasses.replace(small_config().unet, self_attn=self_attn)
+    config = dataclasses.replace(small_config().unet, **options)
     unet = Paella(config)
     torch.nn.init.normal_(unet.clf[1].weight, std=0.1)
     tokens, t, conditions = inputs()

@@ -18,15 +18,19 @@ from pipelines.recovery import Guard, RecoveryConfig
 from pipelines.token_dataset import TokenBatch
 from pipelines.train_step import train_step
 
+OPTIONS = {"leave_one_out": True, "position_grid": 8}
+"""Of the U-Net."""
 
-def _predictions(rank: int) -> None:
+
+def _predictions(rank: int, **options: object) -> None:
     """A sharded model's logits, alone and with its weights gathered, are the whole one's to the bit."""
     torch.manual_seed(0)
-    model = TextToTokens(PRESETS["tiny"]).eval()
+    config = dataclasses.replace(PRESETS["tiny"], unet=dataclasses.replace(PRESETS["tiny"].unet, **options))
+    model = TextToTokens(config).eval()
     with torch.no_grad():
         for value in model.parameters():
             value.add_(torch.randn_like(value) * 0.05)
-    whole = TextToTokens(PRESETS["tiny"]).eval()
+    whole = TextToTokens(config).eval()
     whole.load_state_dict(model.state_dict())
     shard(model, torch.bfloat16)
     whole.bfloat16()
@@ -56,12 +60,11 @@ WAYS = {
 }
 
 
-def small_training(way: ParallelConfig, **changes) -> train_config.TrainConfig:
-    """`tiny` with narrow layers and both optimizers, eight images a step."""
+def small_training(way: ParallelConfig, options: dict | None = None, **changes) -> train_config.TrainConfig:
+    """`tiny` with narrow layers, options of the U-Net and both optimizers, eight images a step."""
     tiny = train_config.presets()["tiny"]
-    unet = dataclasses.replace(
-        tiny.model.unet, c_hidden=(16, 16), c_in=8, c_out=8, c_cond=16, nhead=(2, 2), level_config=("CTA", "CTA")
-    )
+    narrow = {"c_hidden": (16, 16), "c_in": 8, "c_out": 8, "c_cond": 16, "nhead": (2, 2), "level_config": ("CTA", "CTA")}
+    unet = dataclasses.replace(tiny.model.unet, **narrow, **(options or {}))
     values = {"data": "", "vqgan": "", "output": "", "steps": 10, "global_batch_size": 8, "parallel": way, "num_workers": 4}
     optim = OptimConfig(lr=1e-3, matrix_lr=1e-3, warmup_steps=1)
     return dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, unet=unet), optim=optim, **(values | changes))
@@ -148,6 +151,7 @@ def _weights_between_parts() -> None:
 
 def _all_of_it(rank: int) -> None:
     _predictions(rank)
+    _predictions(rank, **OPTIONS)
     _ways(rank)
     _weights_between_parts()
 
@@ -158,9 +162,9 @@ def test_sharded_models_predict_and_learn_what_the_whole_one_does(tmp_path):
     start_group(_all_of_it, 4, tmp_path)
 
 
-def _five_steps(rank: int, num_workers: int, path: str) -> None:
+def _five_steps(rank: int, num_workers: int, path: str, options: dict) -> None:
     """Leaves the gradients' norms, and the averages of the weights."""
-    config, norms, size = small_training(ParallelConfig(), num_workers=2), [], 8 // num_workers
+    config, norms, size = small_training(ParallelConfig(), options, num_workers=2), [], 8 // num_workers
     model, mine = new_model(config), slice(size * rank, size * rank + size)
     shard(model, torch.float32, config.parallel)
     optimizers, ema = config.optim.optimizers(model), Ema(model, 0.99)
@@ -174,10 +178,11 @@ def _five_steps(rank: int, num_workers: int, path: str) -> None:
         torch.save((norms, state), path)
 
 
-def test_two_workers_step_as_one_that_takes_two_passes(tmp_path):
+@pytest.mark.parametrize("options", [{}, OPTIONS], ids=["published", "options"])
+def test_two_workers_step_as_one_that_takes_two_passes(tmp_path, options):
     """The same gradients, of which AdamW rounds the last numbers of a shard otherwise than in the midst of a whole tensor."""
     for number in (1, 2):
-        start_group(_five_steps, number, tmp_path, number, f"{tmp_path}/{number}.pt")
+        start_group(_five_steps, number, tmp_path, number, f"{tmp_path}/{number}.pt", options)
     (norms, weights), (expected_norms, expected) = (torch.load(tmp_path / f"{number}.pt") for number in (2, 1))
     assert norms[:2] == expected_norms[:2] and norms == pytest.approx(expected_norms, rel=1e-6)
     for name, value in weights.items():
