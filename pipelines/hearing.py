@@ -151,6 +151,7 @@ class Listener:
         pairs = [(words, number, exchanged(own, words)) for words in self.sets.sets for number, own in enumerate(self.captions)]
         variants = [(words, number, caption) for words, number, caption in pairs if caption is not None]
         numbers = [number for _, number, _ in variants]
+        # in the same company, so that they round alike
         own = self.nats([(number, self.captions[number]) for number in numbers], levels, "true captions of pairs")
         excess = self.nats([(number, caption) for _, number, caption in variants], levels, "words exchanged") - own
         counts = self.images.counts(levels, numbers)

@@ -40,6 +40,8 @@ BINDING_LEVELS = (0.9, 1.0)
 """Below these the tokens themselves say what is where."""
 CAPTIONS_READ = 20_000
 """Captions in which words are looked for that replace each other."""
+PLOTTED = 10
+"""Sets with a line of their own, the most frequent ones: there are no more colours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +183,7 @@ def plots(values: dict[str, Any]) -> Figure:
     """Draw what each set of words costs at each noise level, and how often the own caption wins over the exchanged one."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     hears, binds = figure.subplots(1, 2)
-    for heard in values["hears"]:
+    for heard in values["hears"][:PLOTTED]:
         hears.plot(values["levels"], heard["nats"], marker="o", markersize=3, label=name_of(heard["words"]))
     hears.set(title="heard: another word in its place", xlabel="t, share of noise", ylabel="nats a noised token")
     if values["hears"]:

@@ -33,7 +33,7 @@ PAIR_SEED = 9
 BATCH_SIZE = 64
 
 
-def binding(bundle: Bundle, num_pairs: int = 256) -> dict[str, float]:
+def binding(bundle: Bundle, num_pairs: int = 128) -> dict[str, float]:
     """Return the share of right colours by relation, over held-out captions of two objects: 0.5 for a bag of words, at best 1."""
     config = bundle.config
     codes = colour_codes(bundle.vqgan, config.image_size)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.hearing import Listener, NoisyImages
+from paella.bundle import load_bundle
+from pipelines.hearing import Listener, NoisyImages, model_of
 from pipelines.word_sets import WordSets
 
 COLOURS = ("red", "green", "blue", "yellow")
@@ -103,3 +104,17 @@ def test_noise_is_nested_counted_and_each_images_own():
 def test_rare_codes_are_what_the_most_frequent_leave():
     tokens = np.repeat([0, 1, 2, 3], [40, 35, 15, 10]).reshape(1, 10, 10)
     assert NoisyImages.of(tokens, 8).rare.numpy().tolist() == (tokens >= 2).tolist(), "0 and 1 are 70 % and more"
+
+
+def test_a_bundle_hears_as_in_sampling_by_its_text_encoder_and_clip(clip_bundle):
+    captions = ["a red circle", "a somewhat longer caption of a blue square"]
+    bundle, tokens = load_bundle(str(clip_bundle)), torch.randint(32, (2, 16, 16), generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0.4, 1.0])
+    with torch.inference_mode():
+        logits = model_of(bundle)(captions)(tokens, t)
+        for image, caption in enumerate(captions):
+            alone = slice(image, image + 1)
+            expected = bundle.unet(tokens[alone], t[alone], **bundle.conditions(caption))
+            torch.testing.assert_close(logits[alone], expected, atol=1e-4, rtol=1e-4)
+        rounded = load_bundle(str(clip_bundle), dtype=torch.bfloat16)  # as the probe has it where the processor can
+        assert model_of(rounded)(captions)(tokens, t).isfinite().all()
