@@ -117,6 +117,14 @@ class TokenDataset:
             left -= min(rows, left)
         return self.to_batch(self.read(pieces, self.columns(clip=clip, states=states)))
 
+    def captions(self, most: int) -> list[str]:
+        """At most so many captions, from the beginnings of shards that are spread evenly over the dataset."""
+        number = min(len(self.shards), max(1, most * len(self.shards) // self.num_rows))
+        chosen = [index * len(self.shards) // number for index in range(number)]
+        lengths = [min(self.shards[shard][1], most // number) for shard in chosen]
+        pieces = [Piece(shard, 0, length) for shard, length in zip(chosen, lengths, strict=True) if length]
+        return self.read(pieces, ["caption"])["caption"].to_pylist()
+
     def rows(self, file: str, rows: list[int]) -> TokenBatch:
         """Some rows of one shard, in their order there."""
         shard = next(index for index, (name, _) in enumerate(self.shards) if name == file)
