@@ -27,6 +27,9 @@ from paella.unet import Paella
 from paella.vqgan import VQModel
 from paella.weights import load_weights, read_config, save_weights, write_config
 
+TRAINED_TEXT = "encoders/byt5"
+"""Where a bundle has a text encoder of its own."""
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -156,13 +159,14 @@ def save_bundle(
 
     Args:
         weights: state dicts of `unet`, `vqgan` and, where config has one, `prior`.
-        text: the encoders to write beside them, where config names directories of the bundle.
+        text: the encoder that was trained with the U-Net, to be written beside it.
         dtype: of the floating-point weights in the files; None writes them as they come.
     """
     with new_directory(path, replace=True) as directory:
         digests = {name: save_weights(directory, name, state, dtype) for name, state in weights.items()}
         if text is not None:
-            text.save(directory / "encoders")
+            text.save(directory / TRAINED_TEXT)
+            config = dataclasses.replace(config, text=dataclasses.replace(config.text, byt5=TRAINED_TEXT))
         if config.text.clip is not None and Path(config.text.clip).is_dir():
             shutil.copytree(config.text.clip, directory / "encoders" / "clip")
             config = dataclasses.replace(config, text=dataclasses.replace(config.text, clip="encoders/clip"))

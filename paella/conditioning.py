@@ -1,13 +1,16 @@
 """Text conditioning: prompts → the states that the U-Net attends to, and CLIP embeddings.
 
-The encoders are the ecosystem's: a T5-family encoder with its own tokenizer through transformers (the published model:
-ByT5-XL) and a CLIP text tower through open_clip (the published model: ViT-H-14). Both load by hub name or from a directory.
+The encoders are the ecosystem's: a text encoder with its own tokenizer through transformers (the published model: ByT5-XL; any
+of T5's or BERT's family) and a CLIP text tower through open_clip (the published model: ViT-H-14). Both load by hub name or from a
+directory.
 B prompts, S states, D width of the encoder.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +24,10 @@ from torch import Tensor, nn
 from paella.config import TextConfig
 from paella.images import to_uint8
 from paella.int8 import quantize_linear
-from paella.storage import first_line
+from paella.storage import first_line, local_directory
 
 if TYPE_CHECKING:
-    from transformers import T5EncoderModel  # its import takes seconds, so it waits until an encoder is made or loaded
+    from transformers import PreTrainedConfig, PreTrainedModel  # its import takes seconds: it waits until an encoder is wanted
 
 Conditions = Mapping[str, Tensor]
 """Keyword arguments of `Paella.forward`: byt5, byt5_mask, clip, clip_image, attn_weights."""
@@ -40,9 +43,9 @@ class Tokenized:
 
 
 class TextEncoders(nn.Module):
-    """The text encoders of one model: a T5-family encoder and, by config, a CLIP text tower."""
+    """The text encoders of one model: one of transformers' and, by config, a CLIP text tower."""
 
-    def __init__(self, config: TextConfig, byt5: T5EncoderModel, tokenizer, clip: Any = None, clip_tokenizer=None):
+    def __init__(self, config: TextConfig, byt5: PreTrainedModel, tokenizer, clip: Any = None, clip_tokenizer=None):
         super().__init__()
         self.config = config
         self.byt5 = byt5
@@ -75,6 +78,16 @@ class TextEncoders(nn.Module):
         return cls(config, byt5, ByT5Tokenizer())
 
     @classmethod
+    def to_train(cls, config: TextConfig, root: str | Path = ".") -> TextEncoders:
+        """The encoder that is trained with the U-Net, in float32: a new one, or the one that is loaded. No CLIP."""
+        if config.new_byt5 is not None:
+            return cls.create(config)
+        text = cls.load(dataclasses.replace(config, clip=None), root, dtype=torch.float32)
+        text.source = None  # training's weights are nowhere else
+        text.byt5.set_attn_implementation("eager")  # as in `create`
+        return text
+
+    @classmethod
     def load(
         cls,
         config: TextConfig,
@@ -84,11 +97,11 @@ class TextEncoders(nn.Module):
         dtype: torch.dtype | None = None,
         load_in_8bit: bool = False,
     ) -> TextEncoders:
-        """Load by hub name, or from the directory `root / name` where there is one.
+        """Load by hub name, from a URI, or from the directory `root / name` where there is one.
 
         Args:
             dtype: of weights and states; None leaves it to transformers and open_clip.
-            load_in_8bit: round the T5 encoder's linear layers to int8, which is a quarter of float32's memory.
+            load_in_8bit: round the encoder's linear layers to int8, which is a quarter of float32's memory.
 
         Raises ValueError naming the encoder that cannot be loaded.
         """
@@ -96,14 +109,17 @@ class TextEncoders(nn.Module):
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+        options = _without_pooling(encoder_config(config.byt5, root)) | ({"dtype": dtype} if dtype else {})
         name = _resolve(config.byt5, root)
         try:
             byt5, tokenizer = (
-                AutoModelForTextEncoding.from_pretrained(name, use_safetensors=True, **({"dtype": dtype} if dtype else {})),
+                AutoModelForTextEncoding.from_pretrained(name, use_safetensors=True, **options),
                 AutoTokenizer.from_pretrained(name),
             )
         except (OSError, ValueError) as error:
             raise ValueError(f"the text encoder {config.byt5!r} cannot be loaded: {first_line(error)}") from error
+        if hasattr(byt5.config, "max_position_embeddings"):  # absolute positions end
+            config = dataclasses.replace(config, max_length=min(config.max_length, tokenizer.model_max_length))
         if load_in_8bit:
             quantize_linear(byt5)
         clip, clip_tokenizer = load_clip(config.clip, root) if config.clip else (None, None)
@@ -124,9 +140,12 @@ class TextEncoders(nn.Module):
             self.byt5, self.clip = loaded.byt5, loaded.clip
 
     def save(self, directory: Path) -> None:
-        """Write the T5 encoder and tokenizer in transformers' format."""
-        self.byt5.save_pretrained(directory / "byt5")
-        self.tokenizer.save_pretrained(directory / "byt5")
+        """Write encoder and tokenizer in transformers' format."""
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        self.byt5.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
 
     @property
     def device(self) -> torch.device:
@@ -192,6 +211,35 @@ def unconditional(conditions: Conditions) -> dict[str, Tensor]:
     }
 
 
+def encoder_config(name: str, root: str | Path = ".") -> PreTrainedConfig:
+    """The size and kind of a text encoder that `TextEncoders.load` loads by the same name.
+
+    Raises ValueError naming the encoder whose config cannot be read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(_resolve(name, root))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the text encoder {name!r} cannot be loaded: {first_line(error)}") from error
+
+
+def encoder_like(config: PreTrainedConfig) -> PreTrainedModel:
+    """A text encoder of that size and kind with random weights."""
+    from transformers import AutoModelForTextEncoding
+
+    return AutoModelForTextEncoding.from_config(config, **_without_pooling(config))
+
+
+def _without_pooling(config: PreTrainedConfig) -> dict[str, Any]:
+    """Options that leave out the layer by which BERT's family makes one vector of a text: nothing here would train or use it."""
+    from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING
+
+    kind: Any = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
+    pools = kind is not None and "add_pooling_layer" in inspect.signature(kind).parameters
+    return {"add_pooling_layer": False} if pools else {}
+
+
 def load_clip(name: str, root: str | Path = ".") -> tuple[nn.Module, Any]:
     """An open_clip model and its tokenizer.
 
@@ -224,5 +272,7 @@ def clip_pixels(clip: nn.Module, images: Sequence[np.ndarray]) -> Tensor:
 
 
 def _resolve(name: str, root: str | Path) -> str:
+    if "://" in name:
+        return str(local_directory(name))
     local = Path(root) / name
     return str(local) if local.is_dir() else name

@@ -208,18 +208,26 @@ class TextConfig(_Config):
     """The text encoders of a model."""
 
     byt5: str = "google/byt5-xl"
-    """Hub name or directory (relative to the bundle) of a T5-family encoder."""
+    """Hub name or directory (relative to the bundle) of a text encoder: ByT5, another of T5's family, or of BERT's."""
     clip: str | None = None
     """open_clip "ARCHITECTURE/PRETRAINED" or directory of a CLIP model; none if the U-Net is used without."""
     max_length: int = 512
     """Text tokens (bytes for ByT5) kept of a prompt."""
     new_byt5: NewByT5 | None = None
     """Make an encoder of this size and train it with the U-Net, in place of loading `byt5`."""
+    train: bool = False
+    """Train the loaded encoder together with the U-Net."""
 
     def __post_init__(self) -> None:
         if isinstance(self.new_byt5, dict):
             object.__setattr__(self, "new_byt5", NewByT5.from_dict(self.new_byt5))
         require(self.max_length >= 1, "max_length", self.max_length, "an integer of at least 1")
+        require(not self.train or self.new_byt5 is None, "train", self.train, "new_byt5 is trained as it is, and nothing loaded")
+
+    @property
+    def trained(self) -> bool:
+        """Whether the encoder is trained with the U-Net: sharded, averaged and saved with it."""
+        return self.train or self.new_byt5 is not None
 
 
 @dataclass(frozen=True, kw_only=True)

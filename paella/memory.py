@@ -7,7 +7,6 @@ activations of a worker's images.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from paella.conditioning import TextEncoders
-from paella.config import ModelConfig
+from paella.conditioning import TextEncoders, encoder_config, encoder_like
+from paella.config import ModelConfig, TextConfig
 from paella.flops import TEXT_TOKENS
 from paella.parallel import ParallelConfig, blocks_of, count_parameters, units
 from paella.unet import Paella
@@ -59,10 +58,10 @@ class Sizes:
 @functools.cache
 def sizes(config: ModelConfig) -> Sizes:
     """Count parameters. Raises ValueError for a text encoder of unknown size."""
-    trained = config.text.new_byt5 is not None
+    trained = config.text.trained
     with torch.device("meta"):
         unet = Paella(config.unet)
-        encoder = TextEncoders.create(config.text).byt5 if trained else nn.Module()
+        encoder = _trained_encoder(config.text) if trained else nn.Module()
     text = count_parameters(encoder) if trained else _frozen_size(config.text.byt5)
     big = [sum(map(count_parameters, unit)) for unit in units(nn.ModuleList([unet, encoder]))]
     number = count_parameters(unet)
@@ -70,19 +69,23 @@ def sizes(config: ModelConfig) -> Sizes:
 
 
 def _frozen_size(name: str) -> int:
-    """Parameters of an encoder that is loaded: attention's four matrices and the gated feed-forward layers' three, with norms."""
-    width, d_ff, layers, heads = _encoder_size(name)
+    """Parameters of an encoder that is loaded; of ByT5 attention's four matrices, the feed-forward layers' three, and norms."""
+    if Path(name).is_dir():
+        with torch.device("meta"):
+            return count_parameters(encoder_like(encoder_config(name)))
+    if name not in FROZEN_ENCODERS:
+        raise ValueError(f"the size of the text encoder {name} is not known: known are {', '.join(FROZEN_ENCODERS)}, directories")
+    width, d_ff, layers, heads = FROZEN_ENCODERS[name]
     return layers * (4 * width * heads * 64 + 3 * width * d_ff + 2 * width) + 384 * width
 
 
-def _encoder_size(name: str) -> tuple[int, int, int, int]:
-    file = Path(name) / "config.json"
-    if file.is_file():
-        values = json.loads(file.read_text())
-        return values["d_model"], values["d_ff"], values["num_layers"], values["num_heads"]
-    if name not in FROZEN_ENCODERS:
-        raise ValueError(f"the size of the text encoder {name} is not known: known are {', '.join(FROZEN_ENCODERS)}, directories")
-    return FROZEN_ENCODERS[name]
+def _trained_encoder(config: TextConfig) -> nn.Module:
+    """The encoder that is trained with the U-Net, with random weights."""
+    if config.new_byt5 is not None:
+        return TextEncoders.create(config).byt5
+    encoder = encoder_like(encoder_config(config.byt5))
+    encoder.set_attn_implementation("eager")  # as `TextEncoders.to_train`
+    return encoder
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def kept(config: ModelConfig, dtype: torch.dtype, device: str = "cpu") -> Kept:
                 byt5=torch.zeros(1, TEXT_TOKENS, config.unet.byt5_embd, dtype=dtype),
                 byt5_mask=torch.ones(1, TEXT_TOKENS, dtype=torch.bool),
             )
-    text = _kept_of_text(config, dtype) if config.text.new_byt5 is not None else 0
+    text = _kept_of_text(config, dtype) if config.text.trained else 0
     return Kept(
         activations=counter.total + text,
         recomputed=counter.total - sum(counter.inside) + sum(counter.inputs) + max(counter.inside) + text,
@@ -124,10 +127,10 @@ def kept(config: ModelConfig, dtype: torch.dtype, device: str = "cpu") -> Kept:
 def _kept_of_text(config: ModelConfig, dtype: torch.dtype) -> int:
     """By a text encoder that is trained, of one caption."""
     with FakeTensorMode(), _weights_in(dtype):
-        t5 = TextEncoders.create(config.text).byt5
-        counter = _Counter(t5)
+        encoder = _trained_encoder(config.text)
+        counter = _Counter(encoder)
         with counter.watching():
-            t5(torch.zeros(1, TEXT_TOKENS, dtype=torch.long), torch.ones(1, TEXT_TOKENS, dtype=torch.long))
+            encoder(torch.zeros(1, TEXT_TOKENS, dtype=torch.long), torch.ones(1, TEXT_TOKENS, dtype=torch.long))
     return counter.total
 
 

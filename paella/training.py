@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -93,13 +94,14 @@ def block_matrices(model: nn.Module) -> list[nn.Parameter]:
 
 
 class TextToTokens(nn.Module):
-    """U-Net and T5-family encoder as one module, so that they shard, train and average together.
+    """U-Net and text encoder as one module, so that they shard, train and average together.
 
-    An encoder that is loaded and not trained is used, but no part of the module: it is neither sharded nor averaged nor saved.
+    An encoder that is not trained is used, but no part of the module: it is neither sharded nor averaged nor saved.
     Nor is CLIP, whose embeddings come with the tokens.
 
     Args:
-        device, text_dtype: of an encoder that is loaded.
+        device, text_dtype: of an encoder that is not trained.
+        text_root: directory in which an encoder's relative name starts.
         balance: `NoiseConfig.balance`.
     """
 
@@ -111,6 +113,7 @@ class TextToTokens(nn.Module):
         *,
         device: str | torch.device = "cpu",
         text_dtype: torch.dtype | None = None,
+        text_root: str | Path = ".",
         balance: float = 0.0,
     ) -> None:
         super().__init__()
@@ -121,10 +124,10 @@ class TextToTokens(nn.Module):
         for mapper in (self.unet.clip_mapper, self.unet.clip_image_mapper):
             mapper.requires_grad_(config.text.clip is not None)
         text = dataclasses.replace(config.text, clip=None)
-        if config.text.new_byt5 is not None:
-            self.text = TextEncoders.create(text)
+        if text.trained:
+            self.text = TextEncoders.to_train(text, text_root)
         else:
-            loaded = TextEncoders.load(text, device=device, dtype=text_dtype).requires_grad_(False)
+            loaded = TextEncoders.load(text, text_root, device=device, dtype=text_dtype).requires_grad_(False)
             object.__setattr__(self, "text", loaded)  # past nn.Module's registry
 
     def forward(self, *inputs: Any) -> Tensor:

@@ -25,6 +25,7 @@ from pipelines import (
     tokenize_images,
     train,
     train_clip,
+    train_text,
     train_vqgan,
 )
 from pipelines.generate_config import GenerateConfig
@@ -45,13 +46,15 @@ class DemoConfig:
     """Optimizer steps of the VQGAN."""
     clip_steps: int = 250
     """Optimizer steps of the small CLIP."""
+    text_steps: int = 600
+    """Optimizer steps of the text encoder, before it is trained on with the U-Net."""
     train_steps: int = 1300
     """Optimizer steps of the U-Net."""
     num_prompts: int = 256
     """Pictures to generate at the end; the first 64 make the contact sheet."""
 
 
-EXPECTED_S = {"images": 10, "vqgan": 220, "clip": 60, "tokens": 45, "train": 760, "pictures": 55, "report": 35}
+EXPECTED_S = {"images": 10, "vqgan": 220, "clip": 60, "tokens": 45, "text": 110, "train": 760, "pictures": 55, "report": 35}
 """Seconds of each stage on 2 cores, for the estimate of the time left."""
 
 
@@ -74,8 +77,10 @@ def run(config: DemoConfig) -> None:
         with stages("tokens", "all images to tokens, and to what CLIP sees in them"):
             tokens = root / "tokens"
             tokenize_images.run(_tokenize_config(images, vqgan, clip, tokens))
+        with stages("text", "a text encoder that knows which word speaks of which part of a picture"):
+            text = train_text.run(_text_config(config, tokens, root))
         with stages("train", "a U-Net that predicts tokens from noise and a caption"):
-            train_config = _train_config(config, tokens, vqgan, clip, prompts, root)
+            train_config = _train_config(config, tokens, vqgan, clip, text, prompts, root)
             model = train.run(train_config)
         with stages("pictures", f"{config.num_prompts} pictures"):
             generate.run(
@@ -108,13 +113,23 @@ def _tokenize_config(images: str, vqgan: Path, clip: Path, tokens: Path) -> toke
     )
 
 
-def _train_config(config: DemoConfig, tokens: Path, vqgan: Path, clip: Path, prompts: Path, root: Path) -> train.TrainConfig:
+def _text_config(config: DemoConfig, tokens: Path, root: Path) -> train_text.TrainTextConfig:
+    tiny = train_text.presets()["tiny"]
+    made = dataclasses.replace(tiny, data=str(tokens), output=str(root / "text"), steps=config.text_steps)
+    num_rows = made.training_data().num_rows  # your own images may be fewer than a batch
+    return dataclasses.replace(made, global_batch_size=min(made.global_batch_size, num_rows))
+
+
+def _train_config(
+    config: DemoConfig, tokens: Path, vqgan: Path, clip: Path, text: Path, prompts: Path, root: Path
+) -> train.TrainConfig:
     tiny = train.presets()["tiny"]
     return dataclasses.replace(
         tiny,
         model=dataclasses.replace(tiny.model, text=dataclasses.replace(tiny.model.text, clip=str(clip))),
         data=str(tokens),
         vqgan=str(vqgan),
+        text=str(text),
         output=str(root / "train"),
         steps=config.train_steps,
         sample_prompts=str(prompts),

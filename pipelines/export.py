@@ -28,6 +28,7 @@ from paella.lora import merged
 from paella.unet import Paella
 from pipelines import cli, tracking
 from pipelines.checkpoints import PREFIX, name_of, open_directory
+from pipelines.initial_weights import text_root
 from pipelines.train_config import TrainConfig, read_train_config
 
 
@@ -98,8 +99,8 @@ def write_bundle(path: Path, config: TrainConfig, state: Mapping[str, Tensor], s
     with torch.device("meta"):
         Paella(config.model.unet).load_state_dict(unet, assign=True)  # raises where names or shapes are not a U-Net's
     text = None
-    if config.model.text.new_byt5 is not None:
-        text = TextEncoders.create(config.model.text)
+    if config.model.text.trained:
+        text = TextEncoders.to_train(config.model.text, text_root(config))
         text.load_state_dict({name.removeprefix("text."): value for name, value in state.items() if name.startswith("text.")})
     weights = {"unet": unet, "vqgan": load_vqgan(config.vqgan)[0].state_dict()}
     return save_bundle(path, config.model, weights, model_card(config, step, metrics), text)

@@ -18,6 +18,8 @@ from pipelines.token_order import Piece
 
 STATES = ("byt5", "byt5_length")
 """Columns of the text encoder's states."""
+CAPTION_SHARDS = 100
+"""At most, that a selection of captions is read from."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,14 @@ class TokenDataset:
             pieces += [Piece(shard, 0, min(rows, left))] if min(rows, left) else []
             left -= min(rows, left)
         return pieces
+
+    def captions(self, most: int) -> list[str]:
+        """At most so many captions, as many from each of CAPTION_SHARDS shards that are spread evenly over the dataset."""
+        number = min(len(self.shards), CAPTION_SHARDS, most)
+        chosen = [index * len(self.shards) // number for index in range(number)]
+        lengths = [min(self.shards[shard][1], most // number) for shard in chosen]
+        pieces = [Piece(shard, 0, length) for shard, length in zip(chosen, lengths, strict=True) if length]
+        return self.read(pieces, ["caption"])["caption"].to_pylist()
 
     def rows(self, file: str, rows: list[int]) -> TokenBatch:
         """Some rows of one shard, in their order there."""

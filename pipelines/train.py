@@ -35,7 +35,7 @@ from pipelines.workers import fit, setup_worker
 
 def run(config: TrainConfig) -> Path:
     """Train; returns the bundle's directory. Raises ValueError for the user's mistakes, before any worker starts."""
-    config = resolved(config)
+    config = initial_weights.with_text_encoder(resolved(config))
     check_data(config)
     initial_weights.check(config)
     output = loop.require_places(config)
@@ -62,7 +62,13 @@ def train_worker(arguments: dict) -> None:
     config: TrainConfig = arguments["config"]
     rank, world_size, device = setup_worker(arguments, config.seed)
     dtype = compute_dtype(config.precision, device)
-    model = TextToTokens(config.model, device=device, text_dtype=dtype, balance=config.noise.balance)
+    model = TextToTokens(
+        config.model,
+        device=device,
+        text_dtype=dtype,
+        text_root=initial_weights.text_root(config),
+        balance=config.noise.balance,
+    )
     vqgan = load_vqgan(config.vqgan)[0]
     initial_weights.initialise(model, vqgan.vquantizer.codebook.weight, config)
     model, vqgan = model.to(device).train(), vqgan.to(device)

@@ -40,6 +40,8 @@ class TrainConfig:
     """Directory of the run; the same command with the same output continues it."""
     model: ModelConfig
     """U-Net and text encoders."""
+    text: str | None = None
+    """Text encoder made by train_text (directory or URI): trained on together with the U-Net, in place of the preset's."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and learning-rate schedule."""
     steps: int = 1_300_000
@@ -120,7 +122,7 @@ class TrainConfig:
             raise ValueError(f"text_accelerator={self.text_accelerator!r} is not allowed without text_actors")
         if self.stored_text and self.text_actors:
             raise ValueError(f"text_actors={self.text_actors} is not allowed with stored_text: nothing would be left to encode")
-        if self.given_states and self.model.text.new_byt5 is not None:
+        if self.given_states and (self.model.text.trained or self.text is not None):
             name = f"text_actors={self.text_actors}" if self.text_actors else "stored_text=True"
             raise ValueError(f"{name} is not allowed: this model trains its own text encoder, whose states change")
 
@@ -194,6 +196,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, text=text),
+        text=None if config.text is None else cli.absolute(config.text),
         data=cli.absolute(config.data),
         more_data=tuple(cli.absolute(uri) for uri in config.more_data),
         vqgan=cli.absolute(config.vqgan),

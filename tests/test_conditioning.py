@@ -18,7 +18,7 @@ def directory(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("encoders")
     size = NewByT5(d_model=256, d_ff=512, num_layers=4)
-    TextEncoders.create(TextConfig(byt5="byt5", new_byt5=size)).save(path)
+    TextEncoders.create(TextConfig(byt5="byt5", new_byt5=size)).save(path / "byt5")
     return path
 
 

@@ -66,6 +66,16 @@ def test_the_order_is_the_same_for_any_number_of_workers_and_any_start(dataset, 
     assert take(TokenStream([dataset], seed=4, global_batch_size=12, shuffle_rows=shuffle_rows), 40) != alone
 
 
+def test_a_selection_of_captions_comes_from_all_over(dataset, monkeypatch):
+    everything = [f"number {i}" for i in range(sum(SHARDS))]
+    assert dataset.captions(10_000) == everything
+    assert len(TokenDataset(dataset.uri, hold_out=10).captions(10_000)) == len(everything) - 10
+    monkeypatch.setattr("pipelines.token_dataset.CAPTION_SHARDS", 4)
+    first = [sum(SHARDS[:shard]) for shard in (0, 2, 4, 6)]  # of which the last has one row
+    assert dataset.captions(20) == [everything[at + i] for at in first for i in range(5 if at != first[-1] else 1)]
+    assert dataset.captions(1) == everything[:1]
+
+
 @pytest.mark.parametrize("shuffle_rows", [1000, 50, 20])
 def test_an_epoch_has_every_row_once_but_for_fewer_than_there_are_lanes(dataset, shuffle_rows):
     stream = TokenStream([dataset], seed=3, global_batch_size=12, shuffle_rows=shuffle_rows)
