@@ -196,12 +196,9 @@ def _token_losses(
     tokens and t are the noised tokens (N,) and their noise levels (N,) of a leave-one-out U-Net; of another they are not given.
     """
     norm, classifier = out_mapper[0], out_mapper[1]
-    columns = norm(features.T[None, :, :, None])  # (1,C,N,1), the features being channels-last as they are
-    if features.is_cuda:  # whose convolution would write the logits the other way round
-        logits = F.linear(columns[0, :, :, 0].T, next(classifier.parameters()).flatten(1))
-    else:
-        logits = classifier(columns)[0, :, :, 0].T
-    logits = logits.float()  # (N,K), a view where the logits are float32: softmax is fast over the last axis
+    rows = norm(features[:, :, None, None]).flatten(1)  # (N,C), a view
+    # as a convolution, the classifier would be given copies and give its logits the other way round
+    logits = F.linear(rows, next(classifier.parameters()).flatten(1)).float()  # (N,K)
     if tokens is not None and t is not None:
         logits = add_own_token(logits, tokens, t)
     losses = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")

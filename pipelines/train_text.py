@@ -127,7 +127,7 @@ def run(config: TrainTextConfig) -> Path:
         print(f"training of the text encoder is finished: {model}")
         return model
     mlflow_run = tracking.open_run(output, f"train_text {output.name}", values)
-    tokenizer = _tokenizer(config)
+    tokenizer = learned_tokenizer(config)
     cli.start_ray()
     fit(train_worker, {"config": config, "mlflow_run": mlflow_run, "tokenizer": tokenizer})
     tracking.finish_run(mlflow_run)
@@ -143,13 +143,13 @@ def _check_data(config: TrainTextConfig) -> None:
         raise ValueError(f"cells={config.cells} is not allowed: {config.data} has a grid of {height}x{width} tokens")
 
 
-def _tokenizer(config: TrainTextConfig) -> PreTrainedTokenizerFast:
+def learned_tokenizer(config: TrainTextConfig) -> PreTrainedTokenizerFast:
     """The tokenizer of the run: learned once, and kept in the output for a run that is continued."""
     from transformers import PreTrainedTokenizerFast
 
     place = Path(config.output) / "tokenizer"
     if not place.exists():
-        tokenizer = learn_tokenizer(config.training_data().captions(MOST_CAPTIONS), config.model)
+        tokenizer = learnlearned_tokenizer(config.training_data().captions(MOST_CAPTIONS), config.model)
         with new_directory(place) as directory:
             tokenizer.save_pretrained(directory)
     return PreTrainedTokenizerFast.from_pretrained(place)
