@@ -302,6 +302,8 @@ PRESETS: dict[str, ModelConfig] = {
             byt5_embd=128,
             dropout=0.0,
             self_attn=False,
+            leave_one_out=True,
+            position_grid=16,
         ),
         vqgan=VQConfig(bottleneck_blocks=3, c_hidden=64, c_latent=8, codebook_size=512),
         text=TextConfig(byt5="encoders/byt5", max_length=128, new_byt5=NewByT5()),

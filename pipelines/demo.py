@@ -42,16 +42,18 @@ class DemoConfig:
     """Your own images with captions (folder, or img2dataset's shards); generated scenes if not given."""
     num_images: int = 10_000
     """Generated scenes."""
-    vqgan_steps: int = 1100
+    vqgan_steps: int = 800
     """Optimizer steps of the VQGAN."""
     clip_steps: int = 250
     """Optimizer steps of the small CLIP."""
-    text_steps: int = 600
+    text_steps: int = 500
     """Optimizer steps of the text encoder, before it is trained on with the U-Net."""
-    train_steps: int = 1300
+    train_steps: int = 1700
     """Optimizer steps of the U-Net."""
     num_prompts: int = 256
     """Pictures to generate at the end; the first 64 make the contact sheet."""
+    seed: int = 0
+    """Of all training and of the pictures; the scenes and the captions to generate stay the same."""
 
 
 EXPECTED_S = {"images": 10, "vqgan": 220, "clip": 60, "tokens": 45, "text": 110, "train": 760, "pictures": 55, "report": 35}
@@ -78,7 +80,8 @@ def run(config: DemoConfig) -> None:
             tokens = root / "tokens"
             tokenize_images.run(_tokenize_config(images, vqgan, clip, tokens))
         with stages("text", "a text encoder that knows which word speaks of which part of a picture"):
-            text = train_text.run(_text_config(config, tokens, root))
+            text_config = _text_config(config, tokens, root)
+            text = train_text.run(text_config)
         with stages("train", "a U-Net that predicts tokens from noise and a caption"):
             train_config = _train_config(config, tokens, vqgan, clip, text, prompts, root)
             model = train.run(train_config)
@@ -88,23 +91,24 @@ def run(config: DemoConfig) -> None:
                     model=str(model),
                     prompts=str(prompts),
                     output=str(root / "pictures"),
+                    seed=config.seed,
                     sampling=train.presets()["tiny"].sampling,
                 )
             )
     with stages("report", "numbers and a page"):
-        flops = demo_flops.by_stage(vqgan_config, clip_config, train_config)
+        flops = demo_flops.by_stage(vqgan_config, clip_config, text_config, train_config)
         report.write(root, model, prompts.read_text().splitlines(), stages, flops, generated_scenes=config.data is None)
     print(report.summary(root))
 
 
 def _vqgan_config(config: DemoConfig, images: str, root: Path) -> train_vqgan.TrainVQConfig:
     tiny = train_vqgan.presets()["tiny"]
-    return dataclasses.replace(tiny, data=images, output=str(root / "vqgan"), steps=config.vqgan_steps)
+    return dataclasses.replace(tiny, data=images, output=str(root / "vqgan"), steps=config.vqgan_steps, seed=config.seed)
 
 
 def _clip_config(config: DemoConfig, images: str, root: Path) -> train_clip.TrainClipConfig:
     tiny = train_clip.presets()["tiny"]
-    return dataclasses.replace(tiny, data=images, output=str(root / "clip"), steps=config.clip_steps)
+    return dataclasses.replace(tiny, data=images, output=str(root / "clip"), steps=config.clip_steps, seed=config.seed)
 
 
 def _tokenize_config(images: str, vqgan: Path, clip: Path, tokens: Path) -> tokenize_images.TokenizeConfig:
@@ -115,7 +119,7 @@ def _tokenize_config(images: str, vqgan: Path, clip: Path, tokens: Path) -> toke
 
 def _text_config(config: DemoConfig, tokens: Path, root: Path) -> train_text.TrainTextConfig:
     tiny = train_text.presets()["tiny"]
-    made = dataclasses.replace(tiny, data=str(tokens), output=str(root / "text"), steps=config.text_steps)
+    made = dataclasses.replace(tiny, data=str(tokens), output=str(root / "text"), steps=config.text_steps, seed=config.seed)
     num_rows = made.training_data().num_rows  # your own images may be fewer than a batch
     return dataclasses.replace(made, global_batch_size=min(made.global_batch_size, num_rows))
 
@@ -132,6 +136,7 @@ def _train_config(
         text=str(text),
         output=str(root / "train"),
         steps=config.train_steps,
+        seed=config.seed,
         sample_prompts=str(prompts),
         register_as="paella-demo",
     )

@@ -15,6 +15,7 @@ from paella.conditioning import TextEncoders
 from paella.flops import counted
 from paella.training import Keep, TextToTokens
 from paella.vqgan import VQModel
+from pipelines.initial_weights import with_text_encoder
 from pipelines.token_dataset import TokenDataset
 from pipelines.train_clip import TrainClipConfig
 from pipelines.train_config import TrainConfig
@@ -68,7 +69,7 @@ def unet_flops(config: TrainConfig, captions: Sequence[str]) -> float:
 
     The share of images that are noised from the model's own draws takes one more forward pass.
     """
-    model = TextToTokens(config.model)
+    model = TextToTokens(with_text_encoder(config).model)
     length = mean_length(model.text, captions)
     side, unet, yes = config.model.image_size, config.model.unet, torch.ones(1, dtype=torch.bool)
     tokens, ids = torch.zeros(1, *config.model.grid(side, side), dtype=torch.long), torch.zeros(1, length, dtype=torch.long)

@@ -115,10 +115,6 @@ class TokenDataset:
         """The first rows as they are stored, at most `num`."""
         return self.to_batch(self.read(self._first(num), self.columns(clip=clip, states=states)))
 
-    def captions(self, num: int) -> list[str]:
-        """The captions of the first rows, at most `num`; nothing else of them is read."""
-        return self.read(self._first(num), ["caption"])["caption"].to_pylist()
-
     def _first(self, num: int) -> list[Piece]:
         pieces, left = [], num
         for shard, (_, rows) in enumerate(self.shards):

@@ -175,7 +175,7 @@ def presets() -> dict[str, TrainConfig]:
         num_workers=2,
         ema_decay=0.995,
         label_smoothing=0.0,
-        noise=NoiseConfig(t_scale=1.55, drop_caption=0.1, keep_clip=0.9, keep_clip_image=0.2),
+        noise=NoiseConfig(t_scale=1.15, balance=0.8, own_draws=0.5, drop_caption=0.1, keep_clip=0.9, keep_clip_image=0.1),
         init="short-run",
         checkpoint_every=200,
         sample_every=280,

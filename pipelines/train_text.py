@@ -149,7 +149,7 @@ def learned_tokenizer(config: TrainTextConfig) -> PreTrainedTokenizerFast:
 
     place = Path(config.output) / "tokenizer"
     if not place.exists():
-        tokenizer = learnlearned_tokenizer(config.training_data().captions(MOST_CAPTIONS), config.model)
+        tokenizer = learn_tokenizer(config.training_data().captions(MOST_CAPTIONS), config.model)
         with new_directory(place) as directory:
             tokenizer.save_pretrained(directory)
     return PreTrainedTokenizerFast.from_pretrained(place)
