@@ -48,8 +48,8 @@ class TrainVQConfig:
     continuous_steps: int = 200
     """First steps without quantization, so that the codebook starts from latents that mean something; none with `init`."""
     encoder_context: bool = True
-    """Whether the encoder's depthwise convolutions are trained. Without, a token knows little more than its own pixels: a flat
-    colour keeps its code beside an edge, which makes tokens easy to predict, and the decoder smooths what the encoder cannot."""
+    """Whether a token may depend on its neighbours' pixels. Without, a flat colour keeps its code beside an edge, which makes
+    tokens easy to predict, and the decoder smooths what the encoder cannot."""
     codebook_update: str = "gradient"
     """How codes follow their latents: gradient, or ema (running means)."""
     revive_every: int = 50

@@ -6,8 +6,14 @@ import torch
 from paella import codebook
 from paella.config import VQConfig
 from paella.metrics import codebook_use, psnr
-from paella.vqgan import Codebook, VQModel, VQResBlock
-from pipelines.vq_step import leave_out_encoder_context
+from paella.vqgan import Codebook, VQModel
+from pipelines.vq_step import (
+    encoder_blocks,
+    encoder_strides,
+    freeze_encoder_context,
+    leave_out_encoder_context,
+    without_ring,
+)
 
 CONFIG = VQConfig(bottleneck_blocks=1, c_hidden=16, codebook_size=32)
 
@@ -71,13 +77,28 @@ def test_metrics():
     assert codebook_use(torch.tensor([0, 0, 1, 1]), 4) == (0.5, pytest.approx(2.0))
 
 
-def test_without_encoder_context_a_flat_colour_keeps_its_code_beside_an_edge():
+def test_without_encoder_context_a_token_depends_on_its_own_pixels_alone():
     torch.manual_seed(0)
     model = VQModel(CONFIG).eval()
     leave_out_encoder_context(model)
-    flat, edge = torch.full((1, 3, 32, 32), 0.5), torch.full((1, 3, 32, 32), 0.5)
-    edge[..., 20:] = 1.0  # five tokens from the left
+    image, side = torch.rand(1, 3, 32, 32), model.config.downsampling
+    changed = torch.rand(1, 3, 32, 32)
+    own = (..., slice(2 * side, 3 * side), slice(3 * side, 4 * side))
+    changed[own] = image[own]
     with torch.no_grad():
-        latents, beside = model.encode_latents(flat), model.encode_latents(edge)
-    assert torch.equal(latents[..., :4], beside[..., :4])
-    assert not any(block.depthwise[1].weight.requires_grad for block in model.down_blocks if isinstance(block, VQResBlock))
+        before, after = model.encode_latents(image), model.encode_latents(changed)
+    assert torch.equal(before[..., 2, 3], after[..., 2, 3])
+    assert not torch.equal(before[..., 2, 2], after[..., 2, 2])
+
+
+def test_training_leaves_the_encoder_without_context():
+    torch.manual_seed(0)
+    model = VQModel(CONFIG)
+    leave_out_encoder_context(model)
+    freeze_encoder_context(model)
+    model.encode_latents(torch.rand(2, 3, 32, 32)).square().sum().backward()
+    for stride in encoder_strides(model):
+        assert stride.weight.grad is not None
+        assert stride.weight.grad[:, :, 1:-1, 1:-1].abs().sum() > 0
+        assert torch.equal(stride.weight.grad, without_ring(stride.weight.grad))
+    assert not any(parameter.requires_grad for block in encoder_blocks(model) for parameter in block.depthwise.parameters())
