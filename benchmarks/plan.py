@@ -73,7 +73,7 @@ def worker(rank: int, config: TrainConfig, steps: int) -> None:
     device, dtype = torch.device("cpu"), compute_dtype(config.precision, torch.device("cpu"))
     model = TextToTokens(config.model, text_dtype=dtype).train()
     shard(model, dtype, config.parallel)
-    optimizers, ema, guard = config.optim.optimizers(model), Ema(model, config.ema_decay), Guard(config.recovery)
+    optimizers, ema, guard = config.optim.optimizers(model, dtype), Ema(model, config.ema_decay), Guard(config.recovery)
     state, group, saving = TrainingState(model, optimizers, ema), cpu_group(), None
     size = config.global_batch_size // workers
     side = config.model.image_size // config.model.vqgan.downsampling

@@ -28,12 +28,21 @@ class Muon(torch.optim.Optimizer):
         lr: learning rate, on AdamW's scale.
         momentum: decay of the gradient's running mean (with Nesterov's look ahead).
         weight_decay: decoupled.
+        dtype: of the products; bfloat16 is exact enough, and faster where the hardware multiplies it.
 
     Raises ValueError for a parameter that is no matrix.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.ndim != 2:
@@ -55,28 +64,27 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             for parameter, weight, update in zip(parameters, weights, updates, strict=True):
                 size = group["lr"] * ADAMW_SCALE * max(parameter.shape) ** 0.5
-                weight.add_(_orthogonal_rows(update, parameter), alpha=-size)
+                weight.add_(_orthogonal_rows(update, parameter, self.dtype), alpha=-size)
 
 
 def _rows(value: Tensor) -> Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-def _orthogonal_rows(update: Tensor, like: Tensor) -> Tensor:
+def _orthogonal_rows(update: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     """This rank's rows of the orthogonalized update; like tells how the matrix is sharded."""
     if not isinstance(like, DTensor):
-        return orthogonalize(update)
+        return orthogonalize(update, dtype)
     mesh, placements = like.device_mesh, like.placements
     sharded = DTensor.from_local(update, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
-    whole = orthogonalize(sharded.full_tensor()).contiguous()
+    whole = orthogonalize(sharded.full_tensor(), dtype).contiguous()
     return distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local()  # every rank holds it: nothing is sent
 
 
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """A matrix (R,C) with its singular values brought near 1: in bfloat16 on a GPU, in float32 on CPUs, many of which multiply
-    bfloat16 twenty times slower."""
+def orthogonalize(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A matrix (R,C) with its singular values brought near 1, by products in a dtype."""
     a, b, c = COEFFICIENTS
-    matrix = matrix.bfloat16() if matrix.is_cuda else matrix.float()
+    matrix = matrix.to(dtype)
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
     x = x / x.norm().clamp(min=1e-7)  # no singular value above 1

@@ -75,5 +75,6 @@ def add_own_token(logits: Tensor, tokens: Tensor, t: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # joins what reads the logits, where a scatter would have them written once more
         codes = torch.arange(logits.shape[1], device=logits.device).view(-1, *[1] * (tokens.ndim - 1))  # (K,…)
         return torch.where(codes == own, logits + gain, logits)
-    logits.detach().scatter_add_(1, own, gain.expand(own.shape))  # a constant: autograd need not know of it
+    rows = logits.detach().movedim(1, -1)  # a constant is added: autograd need not know of it
+    rows.scatter_add_(-1, own.movedim(1, -1), gain.expand(own.shape).movedim(1, -1))  # five times as fast as over axis 1
     return logits

@@ -224,7 +224,7 @@ def timed(model: ModelConfig, optim: OptimConfig, images: int, threads: int, sec
     before, dtype = torch.get_num_threads(), compute_dtype("auto", torch.device("cpu"))
     torch.set_num_threads(threads)
     unet = Paella(model.unet).to(dtype).train()
-    optimizers, ema = optim.optimizers(unet), Ema(unet, 0.999)
+    optimizers, ema = optim.optimizers(unet, dtype), Ema(unet, 0.999)
     height, width = model.grid(model.image_size, model.image_size)
     tokens = torch.randint(model.unet.num_labels, (images, height, width))
     states = torch.randn(images, TEXT_TOKENS, model.unet.byt5_embd, dtype=dtype)

@@ -76,7 +76,7 @@ def train_worker(arguments: dict) -> None:
         model.text.free()  # only sheets of samples need it
     num_parameters = count_parameters(model)
     shard(model, dtype, config.parallel)
-    optimizers = config.optim.optimizers(model)
+    optimizers = config.optim.optimizers(model, dtype)
     ema = Ema(model, config.ema_decay)
     use = Utilisation(config.model, device, dtype, world_size)
     trace = Trace(config.profile, Path(config.output), arguments["mlflow_run"], enabled=rank == 0)

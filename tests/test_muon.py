@@ -1,5 +1,7 @@
 """Muon: the same steps as torch's own on whole matrices, and the same again on shards."""
 
+import itertools
+
 import pytest
 import torch
 from process_groups import start_group
@@ -46,8 +48,8 @@ def test_shards_step_as_the_whole(tmp_path):
 
 def test_orthogonalize_and_bad_input():
     torch.manual_seed(0)
-    for shape in ((20, 30), (30, 20)):
-        values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)).float())
+    for shape, dtype in itertools.product(((20, 30), (30, 20)), (torch.float32, torch.bfloat16)):
+        values = torch.linalg.svdvals(orthogonalize(torch.randn(shape), dtype).float())
         assert values.min() > 0.5 and values.max() < 1.4
     with pytest.raises(ValueError, match="matrices"):
         Muon([torch.nn.Parameter(torch.zeros(3))], lr=1.0)
