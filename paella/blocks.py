@@ -192,7 +192,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     # the fused kernel's backward on a CPU takes twice the time of these two products. Keys come before queries: over a last axis
     # of some twenty keys a softmax takes four times as long as over one before it
-    scores = (k * k.shape[-1] ** -0.5) @ q.transpose(-1, -2)  # (B,heads,keys,queries)
+    scores = k @ (q * q.shape[-1] ** -0.5).transpose(-1, -2)  # (B,heads,keys,queries)
     if mask is not None:
         scores = scores + scores.new_zeros(mask.shape).masked_fill_(~mask, float("-inf")).transpose(-1, -2)
     return F.dropout(scores.softmax(-2), dropout).transpose(-1, -2) @ v

@@ -2,16 +2,17 @@
 
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 
 from paella.config import PRESETS
 from paella.flops import TEXT_TOKENS, training_flops
+from paella.training import NoiseConfig
 from pipelines import demo_flops, pulse, train, train_clip, train_vqgan
 
-UNET = dataclasses.replace(train.presets()["tiny"], data="tokens", vqgan="vqgan", output="out", steps=10)
+PLAIN = NoiseConfig(own_draws=0.0)
+UNET = dataclasses.replace(train.presets()["tiny"], data="tokens", vqgan="vqgan", output="out", steps=10, noise=PLAIN)
 CLIP = dataclasses.replace(train_clip.presets()["tiny"], data="images", output="out", steps=10)
 VQGAN = dataclasses.replace(train_vqgan.presets()["tiny"], data="images", output="out", steps=200)
 CAPTIONS = ["x" * (TEXT_TOKENS - 2), "x" * TEXT_TOKENS]  # with their ends TEXT_TOKENS long in the mean
@@ -35,7 +36,7 @@ def test_clip_embeddings_and_own_draws_count():
     plain = demo_flops.unet_flops(UNET, CAPTIONS)
     with_clip = dataclasses.replace(UNET.model, text=dataclasses.replace(UNET.model.text, clip="clip"))
     assert plain < demo_flops.unet_flops(dataclasses.replace(UNET, model=with_clip), CAPTIONS) < 1.1 * plain
-    drawn = dataclasses.replace(UNET, noise=SimpleNamespace(own_draws=0.5))
+    drawn = dataclasses.replace(UNET, noise=NoiseConfig(own_draws=0.5))
     assert demo_flops.unet_flops(drawn, CAPTIONS) == pytest.approx(plain * 3.5 / 3)
 
 

@@ -11,6 +11,9 @@ from paella.short_run import LOGIT_STD, code_features, initialise_byt5, initiali
 from paella.unet import Paella
 
 
+PLAIN = dataclasses.replace(PRESETS["tiny"].unet, leave_one_out=False)
+
+
 def start_of(config):
     torch.manual_seed(0)
     unet = Paella(config).eval()
@@ -25,16 +28,15 @@ def first_logits(config):
 
 @pytest.mark.parametrize("changes", [{}, {"patch_size": 2}, {"c_in": 64, "c_out": 32}])
 def test_first_logits_have_a_useful_size(changes):
-    logits = first_logits(dataclasses.replace(PRESETS["tiny"].unet, **changes))
+    logits = first_logits(dataclasses.replace(PLAIN, **changes))
     assert 0.7 * LOGIT_STD < logits.std() < 1.4 * LOGIT_STD
 
 
 def test_a_leave_one_out_unet_starts_by_saying_nothing_of_its_own():
     """Its first logits are zero but for the tokens' own; codes that look alike are told to it as to any other."""
-    config = PRESETS["tiny"].unet
-    logits = first_logits(dataclasses.replace(config, leave_one_out=True))
-    assert (logits != 0).sum() == 2 * 16 * 16
-    plain, made = start_of(config), start_of(dataclasses.replace(config, leave_one_out=True))
+    config = dataclasses.replace(PLAIN, leave_one_out=True)
+    assert (first_logits(config) != 0).sum() == 2 * 16 * 16
+    plain, made = start_of(PLAIN), start_of(config)
     differ = {name for name, value in made.state_dict().items() if not torch.equal(value, plain.state_dict()[name])}
     assert differ == {"clf.1.weight"}
 

@@ -10,12 +10,18 @@ from paella.objective import add_own_token
 from paella.unet import Paella
 
 OPTIONS = {"leave_one_out": True, "position_grid": 8}
+OFF = {"leave_one_out": False, "position_grid": 0}
+
+
+def new_unet(**options) -> Paella:
+    """A small U-Net as it starts."""
+    torch.manual_seed(0)
+    return Paella(dataclasses.replace(small_config().unet, **OFF | options)).eval()
 
 
 def unet_of(**options) -> Paella:
     """A small U-Net in which everything can be heard."""
-    torch.manual_seed(0)
-    unet = Paella(dataclasses.replace(small_config().unet, **options)).eval()
+    unet = new_unet(**options)
     for value in unet.parameters():
         torch.nn.init.normal_(value, std=0.2)
     return unet
@@ -26,10 +32,7 @@ def inputs(height: int, width: int) -> tuple[torch.Tensor, torch.Tensor, dict[st
 
 
 def test_without_the_options_names_and_weights_are_as_before():
-    torch.manual_seed(0)
-    plain = Paella(small_config().unet).state_dict()
-    torch.manual_seed(0)
-    made = Paella(dataclasses.replace(small_config().unet, leave_one_out=True)).state_dict()
+    plain, made = new_unet().state_dict(), new_unet(leave_one_out=True).state_dict()
     assert "positions" not in plain and set(made) == set(plain)
     assert all(torch.equal(made[name], value) for name, value in plain.items())
     assert set(unet_of(**OPTIONS).state_dict()) - set(plain) == {"positions"}
