@@ -10,7 +10,6 @@ from paella.config import PRESETS
 from paella.short_run import LOGIT_STD, code_features, initialise_byt5, initialise_unet
 from paella.unet import Paella
 
-
 PLAIN = dataclasses.replace(PRESETS["tiny"].unet, leave_one_out=False)
 
 
