@@ -118,7 +118,7 @@ def test_own_draws_of_one_image_a_part_are_enough(data, vqgan_bundle, tmp_path):
 
 
 def test_a_run_of_before_there_was_an_option_goes_on_without_it(data, vqgan_bundle, tmp_path):
-    small = config(data, vqgan_bundle, tmp_path)
+    small = dataclasses.replace(config(data, vqgan_bundle, tmp_path), noise=NoiseConfig())
     values = cli.config_values(small)
     for name in ("balance", "own_draws", "own_draws_ahead", "stratified"):
         del values["noise"][name]

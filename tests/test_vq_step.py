@@ -71,7 +71,9 @@ def test_codes_are_their_own_nearest_and_training_uses_them(name):
     indices = torch.arange(32).view(2, 4, 4)
     assert quantizer.codebook.weight.shape == (32, model.c_latent)
     assert torch.equal(quantizer.nearest(quantizer(indices)), indices)
-    settings = dataclasses.replace(config(1), model=model, loss=VQLossConfig(), codebook_update="gradient", steps=100)
+    settings = dataclasses.replace(
+        config(1), model=model, loss=VQLossConfig(), codebook_update="gradient", encoder_context=True, steps=100
+    )
     trained, losses = trained_for(settings, 100)
     assert losses[-1]["l1"] < 0.7 * losses[5]["l1"]
     if not quantizer.learned:  # a learned codebook is started and revived by the program
