@@ -39,7 +39,11 @@ class TextToLayout(nn.Module):
         self.decoder = nn.TransformerDecoder(layer, layers, norm=nn.LayerNorm(width))
         self.classifier = nn.Linear(width, num_labels)
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
+        """`layout_loss` (B,) of tokens (B,H,W) by their captions, which have ids and mask (B,S)."""
+        return layout_loss(self.logits(ids, mask), tokens)
+
+    def logits(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Logits (B,C,K) of the codes in each cell, cells row by row, of captions with ids and mask (B,S)."""
         states = self.text.states(ids, mask)
         queries = self.queries.expand(len(states), -1, -1)

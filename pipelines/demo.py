@@ -121,7 +121,8 @@ def _text_config(config: DemoConfig, tokens: Path, root: Path) -> train_text.Tra
     tiny = train_text.presets()["tiny"]
     made = dataclasses.replace(tiny, data=str(tokens), output=str(root / "text"), steps=config.text_steps, seed=config.seed)
     num_rows = made.training_data().num_rows  # your own images may be fewer than a batch
-    return dataclasses.replace(made, global_batch_size=min(made.global_batch_size, num_rows))
+    most = min(made.global_batch_size, num_rows)
+    return dataclasses.replace(made, global_batch_size=most - most % made.num_workers)
 
 
 def _train_config(

@@ -1,4 +1,4 @@
-"""Train the U-Net (and, in `tiny`, its text encoder) on a token dataset, on any number of workers.
+"""Train the U-Net (and, in `tiny` or with --text, its text encoder) on a token dataset, on any number of workers.
 
     python pipelines/train.py tiny --data runs/demo/tokens --vqgan runs/demo/vqgan --output runs/mine --steps 200
     ray job submit --working-dir . -- python pipelines/train.py paella-1b --data s3://me/tokens …

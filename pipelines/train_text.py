@@ -28,7 +28,7 @@ from paella import command_line
 from paella.conditioning import TextEncoders
 from paella.config import TextConfig
 from paella.ema import Ema
-from paella.layout import TextToLayout, layout_loss
+from paella.layout import TextToLayout
 from paella.parallel import compute_dtype, count_parameters, full_state_dict, shard
 from paella.storage import new_directory, new_file
 from paella.training import OptimConfig
@@ -102,6 +102,7 @@ def presets() -> dict[str, TrainTextConfig]:
         data=MISSING,
         output=MISSING,
         optim=OptimConfig(lr=1.5e-3, warmup_steps=100, final_lr_fraction=0.05, betas=(0.9, 0.99)),
+        num_workers=2,  # on a CPU two workers of one thread each, as a second thread gains nothing with matrices as small
         validation_images=128,
     )
     small = TrainTextConfig(
@@ -206,9 +207,9 @@ def train_step(
     lr = config.optim.set_lr(optimizers, step, config.steps)
     dtype = compute_dtype(config.precision, device)
     text = model.text.tokenize(batch.captions)
+    inputs = (values.to(device) for values in (text.ids, text.mask, torch.from_numpy(batch.tokens)))
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        logits = model(text.ids.to(device), text.mask.to(device))
-    loss = layout_loss(logits, torch.from_numpy(batch.tokens).to(device)).mean()
+        loss = model(*inputs).mean()
     return loss.detach(), loop.optimizer_step(model, optimizers, loss, config.optim.grad_clip, guard), lr
 
 
@@ -246,7 +247,7 @@ def held_out_losses(model: TextToLayout, dataset: TokenDataset, size: int = 256)
         captions, parts = rows.captions[shift:] + rows.captions[:shift], []
         for first in range(0, len(captions), size):
             text = model.text.tokenize(captions[first : first + size])
-            parts.append(layout_loss(model(text.ids, text.mask), tokens[first : first + size]))
+            parts.append(model(text.ids, text.mask, tokens[first : first + size]))
         losses[name] = torch.cat(parts).mean().item()
     return losses
 

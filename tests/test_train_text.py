@@ -54,7 +54,7 @@ def dataset(vqgan_bundle, tmp_path_factory) -> Path:
 def config(dataset: Path, output: Path, **changes) -> train_text.TrainTextConfig:
     values = {
         "data": str(dataset), "output": str(output), "model": NewWords(num_layers=1, max_length=32), "head_layers": 1,
-        "global_batch_size": 64, "steps": 60, "checkpoint_every": 20, "precision": "float32",
+        "global_batch_size": 64, "steps": 60, "checkpoint_every": 20, "precision": "float32", "num_workers": 1,
         "optim": OptimConfig(lr=3e-3, warmup_steps=10, final_lr_fraction=0.05), "ema_decay": 0.9,
     }  # fmt: skip
     return dataclasses.replace(train_text.presets()["tiny"], **(values | changes))
@@ -109,6 +109,13 @@ def test_a_continued_run_ends_in_the_same_weights_on_any_number_of_workers(train
         torch.testing.assert_close(value, theirs[name], atol=1e-4, rtol=0, msg=name)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (output / "model" / name).read_text() == (trained / "model" / name).read_text()
+
+
+def test_without_held_out_rows_there_is_nothing_to_report(trained, dataset):
+    made = config(dataset, trained, validation_images=0)
+    model = train_text.new_model(made, train_text._tokenizer(made), 32)
+    assert train_text.held_out_losses(model, made.training_data()) == {}
+    assert train_text._said({}) == "no rows were held out"
 
 
 def unet_config(dataset: Path, vqgan: Path, output: Path, **changes) -> train.TrainConfig:

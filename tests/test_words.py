@@ -97,7 +97,7 @@ def test_transformers_loads_what_was_saved(text, directory):
     long = loaded.tokenize(["red" + " red" * 22, "red" + " red" * 23])
     assert long.truncated == (False, True) and long.ids.shape[1] == SIZE.max_length
     assert loaded.states(long.ids, long.mask).isfinite().all()
-    small = TextEncoders.load(TextConfig(byt5="words"), directory.parent, load_in_8bit=True)
+    small = TextEncoders.load(TextConfig(byt5=directory.as_uri()), load_in_8bit=True)
     assert torch.cosine_similarity(small(["red"])["byt5"], text(["red"])["byt5"], dim=-1).min() > 0.99
 
 
@@ -149,8 +149,10 @@ def test_tokens_lose_what_their_cells_say(text):
     torch.testing.assert_close(layout_loss(logits, tokens), expected)
     model = TextToLayout(text, 32, cells=3, layers=1).eval()
     short, long = text.tokenize(["red"]), text.tokenize(["red", CAPTIONS[0]])
-    assert model(long.ids, long.mask).shape == (2, 9, 32)
-    torch.testing.assert_close(model(long.ids, long.mask)[:1], model(short.ids, short.mask), atol=1e-5, rtol=0)
+    assert model.logits(long.ids, long.mask).shape == (2, 9, 32)
+    torch.testing.assert_close(model.logits(long.ids, long.mask)[:1], model.logits(short.ids, short.mask), atol=1e-5, rtol=0)
+    losses = model(long.ids, long.mask, tokens)
+    torch.testing.assert_close(losses, layout_loss(model.logits(long.ids, long.mask), tokens))
 
 
 @pytest.mark.parametrize("field, value", [("vocab_size", 257), ("num_heads", 3), ("num_layers", 0), ("max_length", 1)])
