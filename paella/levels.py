@@ -40,9 +40,6 @@ class LevelBalance(nn.Module):
 
     The means run over the steps before, those of all workers, so that weights do not depend on how a batch is shared out. They
     are a buffer, so that a checkpoint has them.
-
-    Args:
-        power: the mean loss is divided by itself to this power: 1 makes all levels count alike.
     """
 
     NUM_LEVELS = 20
@@ -51,26 +48,27 @@ class LevelBalance(nn.Module):
     MIN_MEAN = 0.02
     """Smaller means count as this: where hardly anything is left to learn, weights would grow without end."""
 
-    def __init__(self, power: float) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.power = power
         self.means: Tensor
         self.sums: Tensor
         self.register_buffer("means", torch.zeros(self.NUM_LEVELS))  # 0 where there has been no image
         self.register_buffer("sums", torch.zeros(2 * self.NUM_LEVELS), persistent=False)
 
-    @property
-    def weights(self) -> Tensor:
-        """Of each level, (NUM_LEVELS,): on average 1 over levels that have been seen, 1 for the others."""
+    def weights(self, power: float) -> Tensor:
+        """Weights (NUM_LEVELS,): mean losses to the power -power, scaled to average 1 over levels seen; 1 for other levels."""
         seen = self.means > 0
-        weights = self.means.clamp(min=self.MIN_MEAN) ** -self.power
+        weights = self.means.clamp(min=self.MIN_MEAN) ** -power
         return torch.where(seen, weights * seen.sum() / (weights * seen).sum(), 1.0)
 
-    def forward(self, t: Tensor, losses: Tensor) -> Tensor:
-        """The weighted mean of losses (B,) at levels t (B,). In training, `update` will hear of them."""
+    def forward(self, t: Tensor, losses: Tensor, power: float) -> Tensor:
+        """The weighted mean of losses (B,) at levels t (B,); a power of 1 makes all levels count alike.
+
+        In training the losses are kept for `update`.
+        """
         if self.training:
             self.sums += sums_by_level(t, losses.detach(), num_levels=self.NUM_LEVELS)
-        return (losses * self.weights[level_of(t, self.NUM_LEVELS)]).mean()
+        return (losses * self.weights(power)[level_of(t, self.NUM_LEVELS)]).mean()
 
     @torch.no_grad()
     def update(self, step: int, *, counts: bool) -> None:

@@ -102,7 +102,7 @@ class TextToTokens(nn.Module):
     Args:
         device, text_dtype: of an encoder that is not trained.
         text_root: directory in which an encoder's relative name starts.
-        balance: `NoiseConfig.balance`.
+        balance: whether losses are balanced by noise level.
     """
 
     text: TextEncoders
@@ -114,12 +114,12 @@ class TextToTokens(nn.Module):
         device: str | torch.device = "cpu",
         text_dtype: torch.dtype | None = None,
         text_root: str | Path = ".",
-        balance: float = 0.0,
+        balance: bool = False,
     ) -> None:
         super().__init__()
         self.config = config.unet
         self.unet = Paella(config.unet)
-        self.balance = LevelBalance(balance) if balance > 0 else None  # here, so that a checkpoint has its means
+        self.balance = LevelBalance() if balance else None  # here, so that a checkpoint has its means
         # what no loss reaches must not be in the optimizer: its state would never come to be, and a resume would miss it
         for mapper in (self.unet.clip_mapper, self.unet.clip_image_mapper):
             mapper.requires_grad_(config.text.clip is not None)
@@ -235,11 +235,16 @@ class NoiseConfig:
 
     t_scale: float = 1.08
     """Noise levels are uniform up to this, cut at 1: a share 1 - 1/t_scale of the images is all noise (published: 1.08)."""
+    final_t_scale: float | None = None
+    """The same at the last step, linear in between; t_scale throughout if not given. High levels teach what is where, low ones
+    outlines."""
     stratified: bool = False
     """Spread a batch's noise levels evenly over their range instead of drawing each for itself."""
     balance: float = 0.0
     """Each image's loss is divided by the mean loss at its noise level, to this power: 1 makes all levels count alike, 0 is
     published."""
+    final_balance: float | None = None
+    """The same at the last step, linear in between; balance throughout if not given."""
     own_draws: float = 0.0
     """Share of the images that are noised from the model's own draw instead of from the truth."""
     own_draws_ahead: float = 1 / 6
@@ -254,13 +259,24 @@ class NoiseConfig:
     """What the conditions are kept or taken from as one: each sample for itself, or the whole batch of a step (published)."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.t_scale <= 10:
-            raise ValueError(f"noise.t_scale={self.t_scale} is not allowed: 1 to 10")
+        for name in ("t_scale", "final_t_scale"):
+            if (value := getattr(self, name)) is not None and not 1 <= value <= 10:
+                raise ValueError(f"noise.{name}={value} is not allowed: 1 to 10")
+        if self.final_balance is not None and not (self.balance > 0 and 0 <= self.final_balance <= 1):
+            raise ValueError(f"noise.final_balance={self.final_balance} is not allowed: 0 to 1, with a balance above 0")
         for name in ("balance", "own_draws", "own_draws_ahead", "drop_caption", "keep_clip", "keep_clip_image"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"noise.{name}={getattr(self, name)} is not allowed: 0 to 1")
         if self.drop_by not in ("sample", "batch"):
             raise ValueError(f"noise.drop_by={self.drop_by!r} is not allowed: sample or batch")
+
+    def at(self, progress: float) -> NoiseConfig:
+        """The settings where this share of the run is done, 0 to 1."""
+        t_scale, balance = (
+            first if last is None else first + progress * (last - first)
+            for first, last in ((self.t_scale, self.final_t_scale), (self.balance, self.final_balance))
+        )
+        return dataclasses.replace(self, t_scale=t_scale, final_t_scale=None, balance=balance, final_balance=None)
 
     @property
     def own_share(self) -> Fraction:
@@ -359,8 +375,13 @@ def _stratified(uniform: Tensor, samples: Sequence[int], rng: np.random.Generato
     return (parts + uniform) / batch_size
 
 
-def loss_and_metrics(losses: Tensor, right: Tensor, draws: Draws, balance: LevelBalance | None = None) -> tuple[Tensor, Tensor]:
+def loss_and_metrics(
+    losses: Tensor, right: Tensor, draws: Draws, balance: LevelBalance | None = None, power: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """The loss of a batch, and sums for its metrics, from what `TextToTokens.losses` returns.
+
+    Args:
+        power: `NoiseConfig.balance` at this step.
 
     Returns:
         the mean loss, balanced where there is a balance, and (2 + 2·NUM_BUCKETS,) sums: accuracy, plain loss, then loss and
@@ -370,7 +391,7 @@ def loss_and_metrics(losses: Tensor, right: Tensor, draws: Draws, balance: Level
     loss = per_image.mean()
     with torch.no_grad():
         sums = torch.cat([torch.stack([right.float().mean(), loss]), sums_by_level(draws.t, per_image)])
-    return loss if balance is None else balance(draws.t, per_image), sums
+    return loss if balance is None else balance(draws.t, per_image, power), sums
 
 
 def metrics_of(sums: Tensor, num_steps: int) -> dict[str, float]:

@@ -67,7 +67,7 @@ def train_worker(arguments: dict) -> None:
         device=device,
         text_dtype=dtype,
         text_root=initial_weights.text_root(config),
-        balance=config.noise.balance,
+        balance=config.noise.balance > 0,
     )
     vqgan = load_vqgan(config.vqgan)[0]
     initial_weights.initialise(model, vqgan.vquantizer.codebook.weight, config)

@@ -33,7 +33,8 @@ def train_step(
     lr = config.optim.set_lr(optimizers, step, config.steps)
     numbers = loop.sample_numbers(step, config.global_batch_size)
     tokens, num_labels = torch.from_numpy(batch.tokens), config.model.unet.num_labels
-    draws = draw_noise(tokens, num_labels, config.seed, numbers, config.noise, step, config.global_batch_size)
+    noise = config.noise.at(step / config.steps)
+    draws = draw_noise(tokens, num_labels, config.seed, numbers, noise, step, config.global_batch_size)
     size = config.part_size(len(batch.ids))
     num_parts = len(batch.ids) // size
     total = torch.zeros((), device=device)
@@ -42,7 +43,7 @@ def train_step(
         sum_gradients_with(model, index == num_parts - 1, config.parallel)
         if part.own is not None:
             inputs[0] = part.own.renoised(model, *inputs)
-        loss, sums = forward(model, config, targets, inputs, part)
+        loss, sums = forward(model, config, targets, inputs, part, noise.balance)
         (loss / num_parts).backward()
         total = total + sums / num_parts
     norm = loop.update(model, optimizers, total[1], config.optim.grad_clip, guard)
@@ -51,13 +52,15 @@ def train_step(
     return total, norm, lr
 
 
-def forward(model: TextToTokens, config: TrainConfig, targets: Tensor, inputs: list, draws: Draws) -> tuple[Tensor, Tensor]:
-    """The loss of a part of a batch, and the sums for its metrics."""
+def forward(
+    model: TextToTokens, config: TrainConfig, targets: Tensor, inputs: list, draws: Draws, balance: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The loss of a part of a batch, balanced by noise level to this power, and the sums for its metrics."""
     parallel = config.parallel
     losses, right = model.losses(
         targets, *inputs, label_smoothing=config.label_smoothing, chunk=parallel.loss_chunk, compiled=parallel.compile
     )
-    return loss_and_metrics(losses, right, draws, model.balance)
+    return loss_and_metrics(losses, right, draws, model.balance, balance)
 
 
 def split(

@@ -8,7 +8,7 @@ from paella.levels import LevelBalance, level_of
 
 def moved(balance: LevelBalance, step: int, t: list[float], losses: list[float], counts: bool = True) -> float:
     """The loss of a step, after which the means have moved."""
-    loss = balance(torch.tensor(t), torch.tensor(losses)).item()
+    loss = balance(torch.tensor(t), torch.tensor(losses), 1.0).item()
     balance.update(step, counts=counts)
     return loss
 
@@ -18,10 +18,10 @@ def test_levels_are_equal_parts_and_all_noise_is_in_the_last():
 
 
 def test_an_image_counts_by_the_means_of_the_steps_before():
-    balance = LevelBalance(1.0)
+    balance = LevelBalance()
     assert moved(balance, 0, [0.02, 1.0, 1.0], [0.1, 3.0, 5.0]) == pytest.approx(2.7), "nothing is known yet"
     assert balance.means[[0, 19]].tolist() == pytest.approx([0.1, 4.0]) and balance.means.count_nonzero() == 2
-    assert balance.weights.tolist() == pytest.approx([10 / 5.125, *[1.0] * 18, 0.25 / 5.125])
+    assert balance.weights(1.0).tolist() == pytest.approx([10 / 5.125, *[1.0] * 18, 0.25 / 5.125])
     expected = (10 / 5.125 * 0.2 + 0.25 / 5.125 * 4.0 + 2.0) / 3
     assert moved(balance, 1, [0.02, 0.96, 0.52], [0.2, 4.0, 2.0]) == pytest.approx(expected)
     assert balance.means[[0, 10, 19]].tolist() == pytest.approx([0.1 * 2 / 11 + 0.2 * 9 / 11, 2.0, 4.0])
@@ -30,14 +30,14 @@ def test_an_image_counts_by_the_means_of_the_steps_before():
 
 
 def test_a_power_below_one_balances_less_and_small_means_have_a_floor():
-    root = LevelBalance(0.5)
+    root = LevelBalance()
     root.means[0], root.means[19] = 1e-6, 2.0
     weights = torch.tensor([0.02**-0.5, 2.0**-0.5])
-    torch.testing.assert_close(root.weights[[0, 19]], weights / weights.mean())
+    torch.testing.assert_close(root.weights(0.5)[[0, 19]], weights / weights.mean())
 
 
 def test_a_refused_step_and_a_validation_leave_the_means_as_they_are():
-    balance = LevelBalance(1.0)
+    balance = LevelBalance()
     moved(balance, 0, [0.5, 1.0], [1.0, 2.0])
     before = balance.means.clone()
     moved(balance, 1, [0.5, 1.0], [float("nan"), 1.0], counts=False)

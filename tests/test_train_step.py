@@ -37,7 +37,7 @@ class Run:
         self.config, self.model, size = config, new_model(config), 8 // num_workers
         self.mine, self.guard = slice(size * rank, size * rank + size), Guard(RecoveryConfig())
         if config.noise.balance:
-            self.model.balance = LevelBalance(config.noise.balance)
+            self.model.balance = LevelBalance()
         shard(self.model, torch.float32, config.parallel)
         self.optimizers, self.ema = config.optim.optimizers(self.model), Ema(self.model, 0.9)
         self.state = TrainingState(self.model, self.optimizers, self.ema)

@@ -205,11 +205,21 @@ def test_metrics_by_noise_level():
     assert metrics["loss_t_0.75_1.00"] == pytest.approx(torch.tensor(16.0).log().item(), abs=1e-4)
     assert "loss_t_0.25_0.50" not in metrics
     assert metrics["loss"] == pytest.approx((metrics["loss_t_0.00_0.25"] + metrics["loss_t_0.75_1.00"]) / 2, abs=1e-4)
-    balance = LevelBalance(1.0)
+    balance = LevelBalance()
     balance.means[2], balance.means[18] = 0.5, 1.5  # weights 1.5 and 0.5
-    loss, balanced_sums = loss_and_metrics(losses, logits.argmax(1) == tokens, draws, balance)
+    loss, balanced_sums = loss_and_metrics(losses, logits.argmax(1) == tokens, draws, balance, 1.0)
     assert loss.item() == pytest.approx((1.5 * metrics["loss_t_0.00_0.25"] + 0.5 * metrics["loss_t_0.75_1.00"]) / 2, abs=1e-4)
     assert torch.equal(balanced_sums, sums), "metrics say the plain loss"
+
+
+def test_noise_moves_from_its_first_settings_to_its_last():
+    noise = NoiseConfig(t_scale=1.4, final_t_scale=1.0, balance=0.5, final_balance=1.0, own_draws=0.5)
+    assert noise.at(0) == NoiseConfig(t_scale=1.4, balance=0.5, own_draws=0.5)
+    assert (noise.at(0.25).t_scale, noise.at(0.25).balance) == (pytest.approx(1.3), pytest.approx(0.625))
+    assert NoiseConfig(balance=0.3).at(0.7) == NoiseConfig(balance=0.3)
+    for wrong in ({"final_t_scale": 0.5}, {"final_balance": 0.5}, {"balance": 0.5, "final_balance": 2.0}):
+        with pytest.raises(ValueError, match="is not allowed"):
+            NoiseConfig(**wrong)
 
 
 def test_schedule():
