@@ -43,6 +43,9 @@ class OptimConfig:
     """Peak learning rate of AdamW."""
     matrix_lr: float | None = None
     """Peak learning rate of Muon, which then steps the matrices of the blocks; if not given, AdamW steps everything."""
+    text_lr_share: float = 1.0
+    """Learning rate of the model's text encoder as a share of lr. Below 1 keeps what `train_text` has taught it: the first
+    gradients of a new U-Net, which cannot use that yet, would undo it. 0 leaves the encoder as it is."""
     warmup_steps: int = 10_000
     """Steps of linear warm-up."""
     final_lr_fraction: float = 1.0
@@ -58,16 +61,21 @@ class OptimConfig:
         for name in ("lr", "matrix_lr"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"optim.{name}={value} is not allowed: above 0")
-        if not 0 <= self.final_lr_fraction <= 1:
-            raise ValueError(f"optim.final_lr_fraction={self.final_lr_fraction} is not allowed: 0 to 1")
+        for name in ("final_lr_fraction", "text_lr_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"optim.{name}={getattr(self, name)} is not allowed: 0 to 1")
 
     def optimizers(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> list[torch.optim.Optimizer]:
         """The optimizers of a model's trained parameters; `set_lr` before each step. dtype is that of Muon's products."""
         matrices = [] if self.matrix_lr is None else block_matrices(model)
         chosen = set(matrices)
-        others = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in chosen]
+        others = {name: each for name, each in model.named_parameters() if each.requires_grad and each not in chosen}
+        text = {name: each for name, each in others.items() if name.startswith("text.") and self.text_lr_share < 1}
+        groups: list[dict[str, Any]] = [{"params": [each for name, each in others.items() if name not in text]}]
+        if text:
+            groups.append({"params": list(text.values()), "lr_share": self.text_lr_share})
         made: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(others, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=True)
+            torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=True)
         ]
         if matrices and self.matrix_lr is not None:  # LoRA leaves none
             made.append(Muon(matrices, lr=self.matrix_lr, weight_decay=self.weight_decay, dtype=dtype))
@@ -82,7 +90,7 @@ class OptimConfig:
             peak = self.matrix_lr if isinstance(optimizer, Muon) else self.lr
             assert peak is not None
             for group in optimizer.param_groups:
-                group["lr"] = peak * factor
+                group["lr"] = peak * factor * group.get("lr_share", 1.0)
         return self.lr * factor
 
 

@@ -48,7 +48,7 @@ class DemoConfig:
     """Optimizer steps of the small CLIP."""
     text_steps: int = 500
     """Optimizer steps of the text encoder, before it is trained on with the U-Net."""
-    train_steps: int = 1700
+    train_steps: int = 1300
     """Optimizer steps of the U-Net."""
     num_prompts: int = 256
     """Pictures to generate at the end; the first 64 make the contact sheet."""

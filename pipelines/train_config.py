@@ -169,7 +169,9 @@ def presets() -> dict[str, TrainConfig]:
     tiny = TrainConfig(
         **places,
         model=PRESETS["tiny"],
-        optim=OptimConfig(lr=1.5e-3, matrix_lr=1e-2, warmup_steps=50, final_lr_fraction=0.02, betas=(0.9, 0.99)),
+        optim=OptimConfig(
+            lr=1.5e-3, matrix_lr=1e-2, text_lr_share=0.1, warmup_steps=50, final_lr_fraction=0.02, betas=(0.9, 0.99)
+        ),
         steps=1400,
         global_batch_size=64,
         num_workers=2,

@@ -212,6 +212,16 @@ def test_metrics_by_noise_level():
     assert torch.equal(balanced_sums, sums), "metrics say the plain loss"
 
 
+def test_a_taught_text_encoder_learns_at_a_share_of_the_rate():
+    model = TextToTokens(SMALL)
+    (adamw,) = (optim := OptimConfig(lr=1e-2, warmup_steps=1, text_lr_share=0.25)).optimizers(model)
+    optim.set_lr([adamw], 0, 10)
+    rates = {parameter: group["lr"] for group in adamw.param_groups for parameter in group["params"]}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {rates[each] for name, each in trained.items() if name.startswith("text.")} == {2.5e-3}
+    assert {rates[each] for name, each in trained.items() if not name.startswith("text.")} == {1e-2}
+
+
 def test_noise_moves_from_its_first_settings_to_its_last():
     noise = NoiseConfig(t_scale=1.4, final_t_scale=1.0, balance=0.5, final_balance=1.0, own_draws=0.5)
     assert noise.at(0) == NoiseConfig(t_scale=1.4, balance=0.5, own_draws=0.5)
