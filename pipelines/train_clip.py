@@ -122,7 +122,7 @@ def run(config: TrainClipConfig) -> Path:
     find_units(config.data)
     output = loop.require_places(config)
     values = cli.config_values(config)
-    cli.require_same_config(output, values)
+    cli.require_same_config(output, values, config)
     model = output / "model"
     if (output / "report.json").exists():
         print(f"CLIP training is finished: {model}")

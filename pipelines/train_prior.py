@@ -107,7 +107,7 @@ def run(config: TrainPriorConfig) -> Path:
     _check_data(config)
     output = loop.require_places(config)
     values = cli.config_values(config)
-    cli.require_same_config(output, values)
+    cli.require_same_config(output, values, config)
     model, finished = output / "model", output / "logged_model.txt"
     if finished.exists():
         print(f"training is finished: {model} (MLflow: {finished.read_text().strip()})")

@@ -122,7 +122,7 @@ def run(config: TrainTextConfig) -> Path:
     _check_data(config)
     output = loop.require_places(config)
     values = cli.config_values(config)
-    cli.require_same_config(output, values)
+    cli.require_same_config(output, values, config)
     model = output / "model"
     if (output / "report.json").exists():
         print(f"training of the text encoder is finished: {model}")

@@ -58,7 +58,7 @@ def run(config: TrainVQConfig) -> Path:
         perceptual_distance(str(name))
     output = loop.require_places(config)
     values = cli.config_values(config)
-    cli.require_same_config(output, values)
+    cli.require_same_config(output, values, config)
     bundle = output / "model"
     if (output / "report.json").exists():
         print(f"VQGAN training is finished: {bundle}")

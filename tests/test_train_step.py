@@ -14,6 +14,7 @@ from paella.checkpoint import TrainingState
 from paella.ema import Ema
 from paella.levels import LevelBalance
 from paella.parallel import ParallelConfig, mean_over_workers, shard
+from paella.training import NoiseConfig
 from pipelines.recovery import Guard, RecoveryConfig
 from pipelines.token_dataset import TokenBatch
 from pipelines.train_config import TrainConfig
@@ -26,7 +27,7 @@ STEPS, SAVED_AT, REFUSED = 6, 4, 2
 
 def training(way: str = "parts", **options) -> TrainConfig:
     plain = small_training(WAYS[way], num_workers=2)
-    return dataclasses.replace(plain, noise=dataclasses.replace(plain.noise, **options))
+    return dataclasses.replace(plain, noise=NoiseConfig(**options))
 
 
 class Run:
