@@ -53,7 +53,7 @@ class DemoConfig:
     """Pictures to generate at the end; the first 64 make the contact sheet."""
 
 
-EXPECTED_S = {"images": 10, "vqgan": 220, "clip": 60, "tokens": 45, "text": 110, "train": 760, "pictures": 55, "report": 10}
+EXPECTED_S = {"images": 10, "vqgan": 220, "clip": 60, "tokens": 45, "text": 130, "train": 760, "pictures": 55, "report": 10}
 """Seconds of each stage on 2 cores, for the estimate of the time left."""
 
 
