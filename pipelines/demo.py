@@ -56,7 +56,7 @@ class DemoConfig:
     """Of all training and of the pictures; the scenes and the captions to generate stay the same."""
 
 
-EXPECTED_S = {"images": 10, "vqgan": 220, "clip": 60, "tokens": 45, "text": 110, "train": 760, "pictures": 55, "report": 35}
+EXPECTED_S = {"images": 15, "vqgan": 180, "clip": 60, "tokens": 30, "text": 100, "train": 800, "pictures": 55, "report": 35}
 """Seconds of each stage on 2 cores, for the estimate of the time left."""
 
 
