@@ -130,12 +130,15 @@ class ResBlock(nn.Module):
     def _depthwise_of_both(self, x: Tensor, skip: Tensor) -> Tensor:
         """The convolution over x and skip, one behind the other: each output channel is made of two that follow one another.
 
-        As two depthwise convolutions, of the even and of the odd channels: libraries have no fast kernel for groups of two.
+        As one depthwise convolution, and the sum of such two: libraries have no fast kernel for groups of two.
         """
-        width, weight, padding = x.shape[1], self.depthwise.weight, self.depthwise.padding[0]
-        even, odd = (torch.cat([x[:, n::2], skip[:, (n + width) % 2 :: 2]], dim=1) for n in (0, 1))  # (B,C,H,W)
-        of_even = F.conv2d(even, weight[:, :1], self.depthwise.bias, padding=padding, groups=width)
-        return of_even + F.conv2d(odd, weight[:, 1:], None, padding=padding, groups=width)
+        weight, bias = self.depthwise.weight, self.depthwise.bias
+        assert bias is not None
+        both = torch.cat([x, skip], dim=1)  # (B,2C,H,W)
+        biases = torch.stack([bias, torch.zeros_like(bias)], dim=1).flatten()
+        out = F.conv2d(both, weight.flatten(0, 1)[:, None], biases, padding=self.depthwise.padding, groups=both.shape[1])
+        first, second = out.permute(0, 2, 3, 1).unflatten(3, (-1, 2)).unbind(4)  # (B,H,W,C)
+        return (first + second).permute(0, 3, 1, 2)
 
 
 class TimestepBlock(nn.Module):
