@@ -113,7 +113,7 @@ def test_a_continued_run_ends_in_the_same_weights_on_any_number_of_workers(train
 
 def test_without_held_out_rows_there_is_nothing_to_report(trained, dataset):
     made = config(dataset, trained, validation_images=0)
-    model = train_text.new_model(made, train_text._tokenizer(made), 32)
+    model = train_text.new_model(made, train_text.learned_tokenizer(made), 32)
     assert train_text.held_out_losses(model, made.training_data()) == {}
     assert train_text._said({}) == "no rows were held out"
 
