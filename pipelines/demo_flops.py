@@ -56,7 +56,7 @@ def text_flops(config: TrainTextConfig, captions: Sequence[str]) -> float:
     tokenizer = learned_tokenizer(config)
     model = new_model(config, tokenizer, config.training_data().format.codebook_size)
     ids = torch.ones(1, mean_length(model.text, captions), dtype=torch.long)
-    return 3.0 * counted(lambda: model(ids, ids > 0)) * config.steps * config.global_batch_size
+    return 3.0 * counted(lambda: model.logits(ids, ids > 0)) * config.steps * config.global_batch_size
 
 
 def mean_length(text: TextEncoders, captions: Sequence[str]) -> int:
