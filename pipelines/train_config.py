@@ -192,7 +192,7 @@ def presets() -> dict[str, TrainConfig]:
         sample_every=280,
         validation_images=128,
         validate_every=280,
-        sampling=SamplingConfig(temperature=(1.0, 0.3), cfg=(1.5, 1.5)),
+        sampling=SamplingConfig(temperature=(0.7, 0.3), cfg=(1.5, 1.5)),
     )
     small = TrainConfig(**places, model=PRESETS["small"], steps=100_000, global_batch_size=256, ema_decay=0.999)
     parallel = ParallelConfig(compile=True, loss_chunk=16_384)

@@ -12,7 +12,7 @@ from paella import parallel
 from paella.config import PRESETS
 from paella.ema import Ema
 from paella.parallel import ParallelConfig, evaluating, full_state_dict, gathered, shard, sum_gradients_with
-from paella.training import Keep, OptimConfig, TextToTokens, draw_noise, loss_and_metrics
+from paella.training import Keep, NoiseConfig, OptimConfig, TextToTokens, draw_noise, loss_and_metrics
 from pipelines import train_config
 from pipelines.recovery import Guard, RecoveryConfig
 from pipelines.token_dataset import TokenBatch
@@ -64,8 +64,10 @@ def small_training(way: ParallelConfig, options: dict | None = None, **changes) 
     """`tiny` with narrow layers, options of the U-Net and both optimizers, eight images a step."""
     tiny = train_config.presets()["tiny"]
     narrow = {"c_hidden": (16, 16), "c_in": 8, "c_out": 8, "c_cond": 16, "nhead": (2, 2), "level_config": ("CTA", "CTA")}
-    unet = dataclasses.replace(tiny.model.unet, **narrow, **(options or {}))
+    plain = {"leave_one_out": False, "position_grid": 0}
+    unet = dataclasses.replace(tiny.model.unet, **narrow | plain | (options or {}))
     values = {"data": "", "vqgan": "", "output": "", "steps": 10, "global_batch_size": 8, "parallel": way, "num_workers": 4}
+    values["noise"] = NoiseConfig(t_scale=tiny.noise.t_scale)
     optim = OptimConfig(lr=1e-3, matrix_lr=1e-3, warmup_steps=1)
     return dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, unet=unet), optim=optim, **(values | changes))
 
@@ -186,7 +188,11 @@ def test_two_workers_step_as_one_that_takes_two_passes(tmp_path, options):
     (norms, weights), (expected_norms, expected) = (torch.load(tmp_path / f"{number}.pt") for number in (2, 1))
     assert norms[:2] == expected_norms[:2] and norms == pytest.approx(expected_norms, rel=1e-6)
     for name, value in weights.items():
-        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0, msg=name)
+        pair = value, expected[name]
+        if name.endswith("in_proj_bias"):
+            # a bias of all keys changes no softmax: its gradient is rounding alone, of which AdamW makes whole steps
+            pair = tuple(each.view(3, -1)[[0, 2]] for each in pair)
+        torch.testing.assert_close(*pair, atol=1e-6, rtol=0, msg=name)
 
 
 @pytest.mark.slow
