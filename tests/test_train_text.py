@@ -19,7 +19,7 @@ from paella.conditioning import TextEncoders
 from paella.config import TextConfig
 from paella.training import OptimConfig, TextToTokens
 from paella.words import NewWords
-from pipelines import export, initial_weights, scenes, tracking, train, train_text
+from pipelines import demo_flops, export, initial_weights, scenes, tracking, train, train_text
 from pipelines.token_format import TokenFormat
 from pipelines.train_config import resolved
 
@@ -109,6 +109,14 @@ def test_a_continued_run_ends_in_the_same_weights_on_any_number_of_workers(train
         torch.testing.assert_close(value, theirs[name], atol=1e-4, rtol=0, msg=name)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (output / "model" / name).read_text() == (trained / "model" / name).read_text()
+
+
+def test_its_arithmetic_is_counted_by_steps(dataset, tmp_path):
+    made = config(dataset, tmp_path)
+    captions = made.training_data().captions(100)
+    once = demo_flops.text_flops(made, captions)
+    assert once > 1e6 * made.steps * made.global_batch_size
+    assert demo_flops.text_flops(dataclasses.replace(made, steps=2 * made.steps), captions) == 2 * once
 
 
 def test_without_held_out_rows_there_is_nothing_to_report(trained, dataset):
