@@ -212,6 +212,15 @@ def test_metrics_by_noise_level():
     assert torch.equal(balanced_sums, sums), "metrics say the plain loss"
 
 
+def test_equal_logits_are_never_right():
+    model = TextToTokens(dataclasses.replace(SMALL, unet=dataclasses.replace(SMALL.unet, leave_one_out=False)))
+    torch.nn.init.zeros_(model.unet.out_mapper[1].weight)
+    tokens, text = torch.zeros(2, 8, 8, dtype=torch.long), model.text.tokenize(["a", "b"])
+    some = torch.ones(2, dtype=torch.bool)
+    inputs = (tokens, torch.ones(2), text.ids, text.mask, Keep(some, some, some))
+    assert not model.losses(tokens, *inputs, label_smoothing=0.0)[1].any()
+
+
 def test_a_taught_text_encoder_learns_at_a_share_of_the_rate():
     model = TextToTokens(SMALL)
     (adamw,) = (optim := OptimConfig(lr=1e-2, warmup_steps=1, text_lr_share=0.25)).optimizers(model)
