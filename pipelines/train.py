@@ -9,6 +9,7 @@ The output holds `model` (a bundle), `samples/`, checkpoints and the id of the r
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -76,7 +77,9 @@ def train_worker(arguments: dict) -> None:
         model.text.free()  # only sheets of samples need it
     num_parameters = count_parameters(model)
     shard(model, dtype, config.parallel)
-    optimizers = config.optim.optimizers(model, dtype)
+    # an encoder that is new has nothing to lose, and learns at the full rate
+    optim = config.optim if config.model.text.train else dataclasses.replace(config.optim, text_lr_share=1.0)
+    optimizers = optim.optimizers(model, dtype)
     ema = Ema(model, config.ema_decay)
     use = Utilisation(config.model, device, dtype, world_size)
     trace = Trace(config.profile, Path(config.output), arguments["mlflow_run"], enabled=rank == 0)
