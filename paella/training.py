@@ -44,8 +44,8 @@ class OptimConfig:
     matrix_lr: float | None = None
     """Peak learning rate of Muon, which then steps the matrices of the blocks; if not given, AdamW steps everything."""
     text_lr_share: float = 1.0
-    """Learning rate of a text encoder that was loaded (`train --text`), as a share of lr. Below 1 keeps what `train_text` has taught
-    it: the first gradients of a new U-Net, which cannot use that yet, would undo it. 0 leaves the encoder as it is."""
+    """Learning rate of a text encoder that was loaded (`train --text`), as a share of lr. Below 1 keeps what `train_text` has
+    taught it: the first gradients of a new U-Net, which cannot use that yet, would undo it. 0 leaves the encoder as it is."""
     warmup_steps: int = 10_000
     """Steps of linear warm-up."""
     final_lr_fraction: float = 1.0
